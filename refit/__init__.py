@@ -1,0 +1,1 @@
+"""Exact weight refit for RL: Megatron-Core trainers to vLLM generators, shard to shard."""
