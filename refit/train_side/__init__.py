@@ -1,0 +1,1 @@
+"""The trainers: the only code that imports Megatron."""

@@ -1,0 +1,96 @@
+"""Tiny seeded HF checkpoints of real model families, made on the spot: no network, no tokenizer files.
+
+The vocabulary is byte level: token ids 0..255 are bytes, then BOS, EOS and PAD. Its size, 259, is odd, so
+every vocabulary that is cut or rounded (trainers under TP, generators that pad to 64) has padding rows.
+Head size 32 is the smallest that the CPU generator accepts.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+BOS_TOKEN, EOS_TOKEN, PAD_TOKEN = 256, 257, 258
+VOCAB_SIZE = 259
+
+_COMMON: Mapping[str, Any] = MappingProxyType(
+    {
+        "vocab_size": VOCAB_SIZE,
+        "hidden_size": 128,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 512,
+        "initializer_range": 0.02,
+        "tie_word_embeddings": False,
+        "bos_token_id": BOS_TOKEN,
+        "eos_token_id": EOS_TOKEN,
+        "pad_token_id": PAD_TOKEN,
+    }
+)
+
+
+def _qwen3(overrides: Mapping[str, Any]) -> Any:
+    from transformers import Qwen3Config
+
+    sizes = {"num_hidden_layers": 4, "intermediate_size": 256, "num_key_value_heads": 2, "head_dim": 32}
+    return Qwen3Config(**{**_COMMON, **sizes, **overrides})
+
+
+def _qwen3_moe(overrides: Mapping[str, Any]) -> Any:
+    from transformers import Qwen3MoeConfig
+
+    sizes = {"num_hidden_layers": 4, "intermediate_size": 256, "num_key_value_heads": 2, "head_dim": 32}
+    experts = {
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 128,
+        "norm_topk_prob": True,
+    }
+    return Qwen3MoeConfig(**{**_COMMON, **sizes, **experts, **overrides})
+
+
+TINY_MODELS: Mapping[str, Callable[[Mapping[str, Any]], Any]] = MappingProxyType(
+    {"tiny-qwen3": _qwen3, "tiny-qwen3-moe": _qwen3_moe}
+)
+
+
+def make_tiny_model(
+    name: str,
+    folder: str | Path,
+    *,
+    seed: int = 0,
+    dtype: str = "bfloat16",
+    overrides: Mapping[str, Any] | None = None,
+) -> Path:
+    """Write the checkpoint `name` into `folder` (config.json, model.safetensors) and return the folder.
+
+    Equal arguments give equal bytes. `overrides` are fields of the family's HF config, for example
+    `{"tie_word_embeddings": True, "num_hidden_layers": 5}`. One-dimensional weights are drawn around their
+    initial value: a norm of ones could be put in the wrong place unseen. Raises ValueError for a name not in
+    TINY_MODELS.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    if name not in TINY_MODELS:
+        raise ValueError(f"no tiny model is called {name!r}; there are {', '.join(TINY_MODELS)}")
+    config = TINY_MODELS[name](overrides or {})
+    with torch.random.fork_rng(devices=()):
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        with torch.no_grad():
+            for _, param in sorted(model.named_parameters()):
+                if param.ndim == 1:
+                    param.add_(torch.randn_like(param), alpha=0.02)
+    path = Path(folder)
+    path.mkdir(parents=True, exist_ok=True)
+    model.to(getattr(torch, dtype)).save_pretrained(path)
+    return path
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 3:
+        sys.exit("usage: python -m refit.train_side.tiny_models NAME FOLDER")
+    print(make_tiny_model(sys.argv[1], sys.argv[2]))
