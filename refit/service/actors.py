@@ -1,0 +1,245 @@
+"""The two Ray actors, thin around `PolicyTrainer` and `Generator`.
+
+Constructors are cheap; `build` does the work. Each method returns plain values (numbers, strings, tuples, dicts),
+never tensors: importing Megatron changes how torch unpickles. A failure is raised as `RefitFailed`, which
+says who failed, in which call, and why; while a control store is open the others hear of it there as well.
+
+The classes are ordinary ones; `refit.service.cluster` turns them into Ray actors.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from refit.train_side.batch import TrainBatch
+from refit.train_side.options import TrainOptions, TrainParallel
+from refit.transfer.errors import Failure, RefitFailed
+
+RolloutRow = tuple[int, tuple[int, ...], tuple[float, ...], int]
+"""One sample: prompt index, token ids, their logprobs under the generator, weight version that sampled it."""
+
+
+def free_port() -> int:
+    """A port of this node's loopback interface that was free a moment ago."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def write_output_to(log_path: str) -> None:
+    """Send this process's standard output and error, and its children's, to the end of a file."""
+    path = Path(log_path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    os.close(file)
+
+
+class _Actor:
+    """What both actors share: a name for messages, a log file, and failures that say who and where."""
+
+    def __init__(self, who: str, log_path: str) -> None:
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")
+        os.environ["OMP_NUM_THREADS"] = "1"
+        write_output_to(log_path)
+        self._who = who
+        self._log_path = log_path
+        self._control: Any = None
+
+    def who(self) -> str:
+        """For example "train rank 1"; answers as soon as the process is up."""
+        return self._who
+
+    def process_id(self) -> int:
+        return os.getpid()
+
+    @contextlib.contextmanager
+    def _doing(self, phase: str) -> Iterator[None]:
+        """Turn any failure inside into RefitFailed(phase, who, cause), told to the control store if one is open.
+
+        A RefitFailed passes unchanged: it already carries the root cause, which may be another's.
+        """
+        try:
+            yield
+        except RefitFailed:
+            raise
+        except Exception as error:
+            traceback.print_exc()
+            sys.stderr.flush()
+            failure = Failure(phase, self._who, f"{type(error).__name__}: {error} (in full: {self._log_path})")
+            if self._control is not None:
+                with contextlib.suppress(Exception):  # the store may be what failed; the cause still counts
+                    failure = self._control.fail(phase, self._who, failure.message)
+            raise RefitFailed(failure) from None
+
+
+class TrainActor(_Actor):
+    """One Megatron rank. All trainer ranks are called with the same arguments, at the same time."""
+
+    def __init__(self, train_rank: int, log_path: str) -> None:
+        super().__init__(f"train rank {train_rank}", log_path)
+        self._train_rank = train_rank
+        self._policy: Any = None
+        self._endpoint: Any = None
+
+    def meeting_point(self) -> str:
+        """An "address:port" on this node where the trainers' own process group may meet; asked of rank 0."""
+        import ray
+
+        return f"{ray.util.get_node_ip_address()}:{free_port()}"
+
+    def build(
+        self,
+        model_dir: str,
+        parallel: TrainParallel,
+        options: TrainOptions,
+        init_address: str,
+        timeout_s: float,
+    ) -> dict[str, float]:
+        """Build this rank's share of the policy. Returns {"seconds": ...}."""
+        started_s = time.monotonic()
+        with self._doing("build"):
+            from refit.train_side.policy import PolicyTrainer
+
+            self._policy = PolicyTrainer.build(
+                model_dir, parallel, options, self._train_rank, parallel.world_size, init_address, timeout_s
+            )
+        return {"seconds": time.monotonic() - started_s}
+
+    def prepare_refit(self, store_address: str, run_id: str, timeout_s: float) -> dict[str, Any]:
+        """Describe, agree on the plan, open the groups. Returns {"rank", "digest", "num_misc", "seconds"}."""
+        started_s = time.monotonic()
+        with self._doing("prepare"):
+            from refit.transfer.endpoint import Endpoint
+            from refit.transfer.rendezvous import ControlStore
+
+            address, _, port = store_address.rpartition(":")
+            self._control = ControlStore.join(address, int(port), run_id)
+            self._endpoint = Endpoint.prepare(self._control, self._policy.describe(), timeout_s)
+            return {
+                "rank": self._endpoint.rank,
+                "digest": self._endpoint.plan.digest,
+                "num_misc": len(self._endpoint.misc_names),
+                "seconds": time.monotonic() - started_s,
+            }
+
+    def refit(self, version: int, attempt: int) -> dict[str, Any]:
+        """Send this rank's share of `version`: bulk by stages, then misc; then put the report of the round."""
+        with self._doing("refit"):
+            raise NotImplementedError
+
+    def logprobs(self, batch: TrainBatch) -> list[list[float]] | None:
+        """Per response token, by the current policy at temperature 1; from train rank 0, None from the others."""
+        with self._doing("logprobs"):
+            return self._from_first_rank(self._policy.logprobs(batch))
+
+    def reference_logprobs(self, batch: TrainBatch) -> list[list[float]] | None:
+        """The same by the frozen initial policy."""
+        with self._doing("reference_logprobs"):
+            return self._from_first_rank(self._policy.reference_logprobs(batch))
+
+    def train_step(self, batch: TrainBatch) -> dict[str, float]:
+        """One optimizer step. Returns loss, kl_to_reference, grad_norm, clip_fraction, lr."""
+        with self._doing("train_step"):
+            return {name: float(value) for name, value in self._policy.train_step(batch).items()}
+
+    def save(self, folder: str) -> str:
+        """Write the policy as an HF checkpoint; collective over the trainers."""
+        with self._doing("save"):
+            self._policy.save(folder)
+        return folder
+
+    def close(self) -> None:
+        """Close groups and store; safe after a failure."""
+        for part in (self._endpoint, self._control, self._policy):
+            if part is not None:
+                with contextlib.suppress(Exception):  # a closing that fails must not hide why the job ended
+                    part.close()
+        self._endpoint = self._control = self._policy = None
+
+    def _from_first_rank(self, values: list[list[float]]) -> list[list[float]] | None:
+        return values if self._train_rank == 0 else None
+
+
+class GenActor(_Actor):
+    """One vLLM engine, that is one replica, with all its workers."""
+
+    def __init__(self, replica: int, log_path: str) -> None:
+        super().__init__(f"generator {replica}", log_path)
+        self._replica = replica
+        self._generator: Any = None
+
+    def build(
+        self, model_dir: str, parallel: Mapping[str, Any], options: Mapping[str, Any], timeout_s: float
+    ) -> dict[str, float]:
+        """Start the engine. `parallel` and `options` are the fields of GenParallel and GenOptions."""
+        started_s = time.monotonic()
+        with self._doing("build"):
+            from refit.gen_side.generator import Generator, GenOptions, GenParallel
+
+            self._generator = Generator.build(
+                model_dir, GenParallel(**parallel), GenOptions(**options), timeout_s
+            )
+        return {"seconds": time.monotonic() - started_s}
+
+    def prepare_refit(self, init_info: Mapping[str, Any]) -> dict[str, float]:
+        """Let every worker describe itself and join the groups. Returns {"seconds": ...}."""
+        started_s = time.monotonic()
+        with self._doing("prepare"):
+            self._generator.prepare_refit(dict(init_info))
+        return {"seconds": time.monotonic() - started_s}
+
+    def stage(self, version: int, attempt: int) -> None:
+        """Receive `version` beside the weights that serve."""
+        with self._doing("stage"):
+            self._generator.stage(version, attempt)
+
+    def finish(self, version: int, attempt: int) -> int:
+        """Commit or discard as the coordinator decided. Returns the version that serves now."""
+        with self._doing("finish"):
+            self._generator.finish(version, attempt)
+            return int(self._generator.weight_version())
+
+    def audit(self, audit_id: str) -> None:
+        """Let every worker put digests of what it holds under audit/<audit_id>/<gen_rank>."""
+        with self._doing("audit"):
+            self._generator.audit(audit_id)
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        num_samples: int,
+        max_tokens: int,
+        temperature: float,
+        seed: int,
+    ) -> tuple[RolloutRow, ...]:
+        """`num_samples` answers to each prompt, in prompt order."""
+        with self._doing("generate"):
+            samples = self._generator.generate(
+                [list(prompt) for prompt in prompts], num_samples, max_tokens, temperature, seed
+            )
+            return tuple(
+                (s.prompt_index, tuple(s.tokens), tuple(s.logprobs), int(s.weight_version)) for s in samples
+            )
+
+    def weight_version(self) -> int:
+        with self._doing("weight_version"):
+            return int(self._generator.weight_version())
+
+    def close(self) -> None:
+        """Stop the engine and its workers; safe after a failure."""
+        if self._generator is not None:
+            with contextlib.suppress(Exception):  # a closing that fails must not hide why the job ended
+                self._generator.close()
+        self._generator = None

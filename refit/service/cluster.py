@@ -1,0 +1,200 @@
+"""Ray's life in a job: opened once, actors placed, everything ended on the way out whatever happened.
+
+The local Ray listens on loopback only, has no dashboard and writes nothing to this terminal. `close` leaves no
+process behind: it kills the actors, ends Ray, and then ends by id what is still alive of the processes this job
+started (vLLM's workers are children of an actor and outlive its kill for a moment).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import ray
+
+from refit.service.actors import GenActor, TrainActor
+from refit.service.config import JobConfig
+from refit.service.waiting import collect
+from refit.train_side.options import TrainOptions, TrainParallel
+
+OBJECT_STORE_BYTES = 256 * 2**20
+START_TIMEOUT_S = 300.0
+LEAVE_S = 10.0
+QUIET = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_DEDUP_LOGS": "1",
+}
+
+type Waiting = Callable[[tuple[str, ...]], None]
+
+
+class Cluster:
+    """The actors of one job on one Ray."""
+
+    def __init__(self, config: JobConfig, log_folder: Path) -> None:
+        self._config = config
+        self._log_folder = log_folder
+        self._seen: dict[tuple[int, float], psutil.Process] = {}
+        self.trainers: tuple[Any, ...] = ()
+        self.generators: tuple[Any, ...] = ()
+
+    @classmethod
+    def open(cls, config: JobConfig, log_folder: Path) -> Cluster:
+        """Start a local Ray, or connect to `cluster.address`, and create all actors (cheap; they are not built)."""
+        for name, value in QUIET.items():
+            os.environ.setdefault(name, value)
+        cluster = cls(config, log_folder)
+        try:
+            _init_ray(config)
+            cluster.trainers = tuple(
+                cluster._actor(TrainActor, rank, f"train-{rank}", 1)
+                for rank in range(config.policy.world_size)
+            )
+            cluster.generators = tuple(
+                cluster._actor(GenActor, replica, f"gen-{replica}", config.generation.workers_per_replica)
+                for replica in range(config.generation.replicas)
+            )
+            collect(
+                {name: actor.who.remote() for name, actor in cluster.named_actors().items()},
+                "start actors",
+                START_TIMEOUT_S,
+            )
+        except BaseException:
+            cluster.close()
+            raise
+        return cluster
+
+    def named_actors(self) -> dict[str, Any]:
+        """Every actor by the name that messages use: "train rank 0", ..., "generator 0", ..."""
+        trainers = {f"train rank {rank}": actor for rank, actor in enumerate(self.trainers)}
+        return trainers | {f"generator {replica}": actor for replica, actor in enumerate(self.generators)}
+
+    def build(self, model_dir: str, timeout_s: float, on_tick: Waiting | None = None) -> dict[str, float]:
+        """Build policy and engines at the same time. Returns the seconds each actor took, by name."""
+        meeting = collect(
+            {"train rank 0": self.trainers[0].meeting_point.remote()}, "build", START_TIMEOUT_S
+        )
+        parallel, options = train_parallel(self._config), train_options(self._config)
+        pending = {
+            f"train rank {rank}": actor.build.remote(
+                model_dir, parallel, options, meeting["train rank 0"], timeout_s
+            )
+            for rank, actor in enumerate(self.trainers)
+        }
+        gen_parallel_, gen_options_ = gen_parallel(self._config), gen_options(self._config)
+        pending |= {
+            f"generator {replica}": actor.build.remote(model_dir, gen_parallel_, gen_options_, timeout_s)
+            for replica, actor in enumerate(self.generators)
+        }
+        built = collect(pending, "build", timeout_s, on_tick)
+        self.remember_processes()
+        return {who: answer["seconds"] for who, answer in built.items()}
+
+    def remember_processes(self) -> None:
+        """Note every process below this one, so that `close` finds those that lose their parent meanwhile."""
+        for process in psutil.Process().children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                self._seen[process.pid, process.create_time()] = process
+
+    def close(self) -> None:
+        """Kill the actors, end Ray, and wait until none of the processes of this job is left. Idempotent."""
+        self.remember_processes()
+        for actor in self.trainers + self.generators:
+            with contextlib.suppress(Exception):  # it may be dead already, which is what is wanted
+                ray.kill(actor)
+        self.trainers = self.generators = ()
+        if ray.is_initialized():
+            ray.shutdown()
+        end_processes(list(self._seen.values()), LEAVE_S)
+        self._seen.clear()
+
+    def _actor(self, kind: type[Any], number: int, name: str, num_devices: int) -> Any:
+        local = self._config.cluster.address is None
+        on_gpu = self._config.refit.backend == "nccl"
+        return (
+            ray.remote(kind)
+            .options(
+                num_cpus=0 if local else num_devices,
+                num_gpus=num_devices if on_gpu else 0,
+                max_restarts=0,
+                max_task_retries=0,
+            )
+            .remote(number, str(self._log_folder / f"{name}.log"))
+        )
+
+
+def end_processes(processes: list[psutil.Process], patience_s: float) -> None:
+    """Wait for processes to leave; ask, then force, those still there after half and all of `patience_s`."""
+    deadline_s = time.monotonic() + patience_s
+    alive = psutil.wait_procs(processes, timeout=patience_s / 2)[1]
+    for process in alive:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.terminate()
+    alive = psutil.wait_procs(alive, timeout=max(0.0, deadline_s - time.monotonic()))[1]
+    for process in alive:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(alive, timeout=patience_s / 2)
+
+
+def _init_ray(config: JobConfig) -> None:
+    if config.cluster.address is not None:
+        ray.init(address=config.cluster.address, log_to_driver=False, logging_level=logging.ERROR)
+        return
+    ray.init(
+        address="local",
+        num_cpus=config.cluster.num_cpus or None,
+        include_dashboard=False,
+        object_store_memory=OBJECT_STORE_BYTES,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+        _node_ip_address="127.0.0.1",
+    )
+
+
+def train_parallel(config: JobConfig) -> TrainParallel:
+    policy = config.policy
+    return TrainParallel(
+        tensor=policy.tensor_parallel,
+        pipeline=policy.pipeline_parallel,
+        expert=policy.expert_parallel,
+        data=policy.data_parallel,
+    )
+
+
+def train_options(config: JobConfig) -> TrainOptions:
+    policy = config.policy
+    return TrainOptions(
+        lr=policy.lr,
+        clip_ratio=policy.clip_ratio,
+        kl_coef=policy.kl_coef,
+        precision=policy.precision,  # type: ignore[arg-type]  # the gate has checked it
+        seed=policy.seed,
+        num_microbatches=policy.num_microbatches,
+    )
+
+
+def gen_parallel(config: JobConfig) -> dict[str, Any]:
+    """The fields of GenParallel, as plain values: importing that class would import vLLM into this process."""
+    generation = config.generation
+    return {
+        "tensor": generation.tensor_parallel,
+        "pipeline": generation.pipeline_parallel,
+        "expert": generation.expert_parallel > 1,
+    }
+
+
+def gen_options(config: JobConfig) -> dict[str, Any]:
+    """The fields of GenOptions that a job sets; the rest are its defaults."""
+    return {
+        "dtype": {"bf16": "bfloat16", "fp32": "float32"}[config.generation.precision],
+        "seed": config.policy.seed,
+        "max_model_len": config.generation.max_model_len,
+    }

@@ -1,0 +1,147 @@
+"""The configuration of a job: frozen values, one dataclass per section, one field per key.
+
+These classes hold types and defaults only. Whether the values can work together, on this machine and with this
+model, is decided in one place: `refit.service.gate`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+from refit.plan.errors import ConfigError
+
+GOLDEN_VARIABLE = "NRL_XFERDTENSOR_GOLDEN"
+NUM_STREAMS_VARIABLE = "NRL_REFIT_NUM_STREAMS"
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyConfig:
+    """The trainers. `nccl_xfer_refit` is absent from every YAML file, so that Hydra's `+` adds it."""
+
+    model: str = "tiny-qwen3"
+    tensor_parallel: int = 1
+    pipeline_parallel: int = 2
+    expert_parallel: int = 1
+    data_parallel: int = 1
+    precision: str = "bf16"
+    lr: float = 2e-3
+    clip_ratio: float = 0.2
+    kl_coef: float = 0.01
+    num_microbatches: int = 2
+    seed: int = 0
+    nccl_xfer_refit: bool = False
+
+    @property
+    def world_size(self) -> int:
+        """Number of trainer ranks; expert parallelism reuses the ranks of tensor and data parallelism."""
+        return self.tensor_parallel * self.pipeline_parallel * self.data_parallel
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationConfig:
+    """The generators: `replicas` vLLM engines of `tensor_parallel * pipeline_parallel` workers each."""
+
+    tensor_parallel: int = 2
+    pipeline_parallel: int = 1
+    expert_parallel: int = 1
+    replicas: int = 1
+    precision: str = "bf16"
+    max_model_len: int = 128
+    max_new_tokens: int = 4
+    temperature: float = 1.0
+
+    @property
+    def workers_per_replica(self) -> int:
+        return self.tensor_parallel * self.pipeline_parallel
+
+    @property
+    def world_size(self) -> int:
+        return self.workers_per_replica * self.replicas
+
+
+@dataclass(frozen=True, slots=True)
+class ClusterConfig:
+    """Where the actors run. `address` None: a Ray of our own on loopback, gone when the job ends.
+
+    `port` is the control store's, 0 for any free one; `num_cpus` 0 lets Ray count. `min_free_memory_bytes` is asked
+    for on top of nothing: the larger of it and the gate's own estimate must be free.
+    """
+
+    address: str | None = None
+    num_cpus: int = 0
+    port: int = 0
+    min_free_memory_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class RefitConfig:
+    """How weights travel. `timeout_s` bounds every wait; `verify_every` n audits the engines each n steps (0: never)."""
+
+    backend: str = "gloo"
+    bulk: str = "p2p"
+    buffer_bytes: int = 64 * 2**20
+    num_streams: int = 2
+    timeout_s: float = 120.0
+    verify_every: int = 10
+
+
+@dataclass(frozen=True, slots=True)
+class GrpoConfig:
+    """The training loop. One step samples `samples_per_prompt` answers to each of `prompts_per_step` prompts."""
+
+    steps: int = 50
+    prompts_per_step: int = 16
+    samples_per_prompt: int = 16
+    task: str = "basic_arithmetic"
+    task_seed: int = 0
+    scale_advantages: bool = True
+    save_checkpoint: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class JobConfig:
+    """Everything `python -m refit.run` reads."""
+
+    policy: PolicyConfig = field(default_factory=PolicyConfig)
+    generation: GenerationConfig = field(default_factory=GenerationConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    refit: RefitConfig = field(default_factory=RefitConfig)
+    grpo: GrpoConfig = field(default_factory=GrpoConfig)
+    run_dir: str = "runs/latest"
+
+    @property
+    def path(self) -> str:
+        """Which way the weights go: "p2p", "golden" or "conventional"."""
+        return self.refit.bulk if self.policy.nccl_xfer_refit else "conventional"
+
+
+def known_keys() -> tuple[str, ...]:
+    """Every key of a job, dotted, sections included: "policy", "policy.model", ..., "run_dir"."""
+    keys: list[str] = []
+    for section in dataclasses.fields(JobConfig):
+        keys.append(section.name)
+        if dataclasses.is_dataclass(section.default_factory):
+            keys += [f"{section.name}.{key.name}" for key in dataclasses.fields(section.default_factory)]
+    return tuple(keys)
+
+
+def nearest_key(key: str, keys: Iterable[str] | None = None) -> str:
+    """The valid key that looks most like `key`."""
+    candidates = known_keys() if keys is None else tuple(keys)
+    return difflib.get_close_matches(key, candidates, n=1, cutoff=0.0)[0]
+
+
+def apply_environment(config: JobConfig, environ: Mapping[str, str]) -> JobConfig:
+    """Let NRL_XFERDTENSOR_GOLDEN=1 turn bulk moves into golden ones; "" and "0" change nothing.
+
+    NRL_REFIT_NUM_STREAMS is read by configs/default.yaml, so an explicit `refit.num_streams` beats it.
+    """
+    golden = environ.get(GOLDEN_VARIABLE, "")
+    if golden in ("", "0"):
+        return config
+    if golden != "1":
+        raise ConfigError(f"environment variable {GOLDEN_VARIABLE} is {golden!r}: set it to 1, or unset it")
+    return dataclasses.replace(config, refit=dataclasses.replace(config.refit, bulk="golden"))

@@ -1,0 +1,1 @@
+"""GRPO: tasks with verifiable, graded rewards, group-relative advantages, and the loop."""
