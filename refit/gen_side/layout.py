@@ -1,0 +1,122 @@
+"""The layout that vLLM's loader writes, put back on a live model for a while (vLLM 0.31).
+
+After `process_weights_after_loading` live memory is the kernels' layout. vLLM remembers the loader's layout
+as meta tensors (`model_loader.reload`). What is used here without being exported by vLLM is reached through
+`_RELOAD` and `_META`: the one place to look at when vLLM changes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from vllm.model_executor.layers.attention import is_deferred_attention_layer
+from vllm.model_executor.model_loader.reload import layerwise as _RELOAD  # noqa: N812
+from vllm.model_executor.model_loader.reload import meta as _META  # noqa: N812
+from vllm.model_executor.model_loader.reload.utils import get_layer_tensors
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """One parameter or buffer of one module. `tensor` is the loader's: meta, or live where vLLM keeps it."""
+
+    param: str
+    module: str
+    name: str
+    tensor: torch.Tensor
+    live: torch.Tensor | None
+    deferred: bool
+
+    def empty(self, device: torch.device) -> torch.Tensor:
+        """New memory of the loader's layout, class and attributes, on `device`. Its values are undefined."""
+        template = self.tensor if self.tensor.is_meta else _META.to_meta_tensor(self.tensor)
+        with device:
+            return _META.materialize_meta_tensor(template)
+
+
+def is_deferred(module: torch.nn.Module) -> bool:
+    """True for attention layers, whose tensors vLLM buffers and finishes last."""
+    return is_deferred_attention_layer(module)
+
+
+def layer_tensors(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The parameters and buffers that the module itself owns."""
+    return get_layer_tensors(module)
+
+
+def layer_reload(module: torch.nn.Module) -> Any:
+    """vLLM's reload state of one module (`LayerReloadingInfo`)."""
+    return _RELOAD.get_layerwise_info(module)
+
+
+@contextmanager
+def loader_layout(model: torch.nn.Module) -> Iterator[tuple[Slot, ...]]:
+    """Inside, the modules hold the loader's layout on meta tensors with vLLM's plain loaders.
+
+    Attention layers keep vLLM's buffering loaders. On exit every module that is still open gets its kernel
+    tensors back: the same objects, untouched. Allocates nothing.
+    """
+    live = {
+        (name, key): tensor
+        for name, module in model.named_modules()
+        for key, tensor in layer_tensors(module).items()
+    }
+    try:
+        with torch.no_grad():
+            _RELOAD.initialize_layerwise_reload(model)
+        yield tuple(_slots(model, live))
+    finally:
+        close_reload(model)
+
+
+def _slots(model: torch.nn.Module, live: dict[tuple[str, str], torch.Tensor]) -> Iterator[Slot]:
+    for module_name, module in model.named_modules():
+        deferred = is_deferred(module)
+        for key, tensor in layer_tensors(module).items():
+            if not deferred:
+                use_plain_loader(tensor)
+            param = f"{module_name}.{key}" if module_name else key
+            yield Slot(param, module_name, key, tensor, live.get((module_name, key)), deferred)
+
+
+def use_plain_loader(tensor: torch.Tensor) -> None:
+    """Take vLLM's processing wrapper off: loading must never start the processing."""
+    loader = getattr(tensor, "weight_loader", None)  # absent is normal: the default loader
+    if loader is not None and loader.__name__ == "online_process_loader":
+        tensor.weight_loader = _RELOAD._get_original_loader(tensor)
+
+
+def process_module(module: torch.nn.Module) -> None:
+    """vLLM's own processing of one module that holds its loaded tensors, in place into the old storages."""
+    _RELOAD._layerwise_process(module, layer_reload(module))
+
+
+def place_live(module: torch.nn.Module) -> None:
+    """Give one open module its kernel tensors back and close it."""
+    reload = layer_reload(module)
+    if reload.can_load():
+        if reload.kernel_tensors is not None:
+            _RELOAD._place_kernel_tensors(module, reload)
+        reload.reset()
+
+
+def finalize(model: torch.nn.Module, model_config: Any) -> None:
+    """Close the reload as vLLM does: attention layers last, then the model's own hook if it has one."""
+    _RELOAD.finalize_layerwise_reload(model, model_config)
+    hook = getattr(model, "process_weights_after_loading", None)  # most models have none
+    if hook is not None:
+        hook()
+
+
+def close_reload(model: torch.nn.Module) -> None:
+    """Give every module that is still open its kernel tensors back."""
+    for module in model.modules():
+        place_live(module)
+        for tensor in layer_tensors(module).values():
+            use_plain_loader(tensor)
+    original = getattr(model, "_original_do_torchao_reload", None)  # set by vLLM at the start of a reload
+    if original is not None:
+        model._do_torchao_reload = original

@@ -1,0 +1,144 @@
+"""Watching a loader run: every write to a parameter as a pair of views, with nothing written.
+
+A loader is fed meta tensors. Meta tensors keep storage, offset and strides through every view, so each caught
+`copy_` says exactly which elements of which HF tensor go where. A value that was computed on the way has a
+storage of its own; it carries the names of the HF tensors it was computed from.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from refit.gen_side.views import View
+
+_ATEN = torch.ops.aten
+
+
+@dataclass(frozen=True, slots=True)
+class Copied:
+    """A view of HF tensor `tensor` was copied into a view of parameter `param`."""
+
+    tensor: str
+    src: View
+    param: str
+    dst: View
+
+
+@dataclass(frozen=True, slots=True)
+class Filled:
+    """A view of `param` was set to one value while `tensor` was loaded."""
+
+    tensor: str
+    param: str
+    dst: View
+    value: float | int | bool
+
+
+@dataclass(frozen=True, slots=True)
+class Computed:
+    """Something that is no view of an HF tensor was written to `param`; `tensors` went into it."""
+
+    tensors: frozenset[str]
+    param: str
+    reason: str
+
+
+Write = Copied | Filled | Computed
+
+
+class Recorder(TorchDispatchMode):
+    """Records writes to `params` (name -> tensor, meta or live) while a loader runs inside `with`.
+
+    No write to a parameter is executed, so live parameters keep their values. `writes` is in loader order;
+    `read_values` names tensors whose values a loader asked for on the host.
+    """
+
+    def __init__(self, params: dict[str, torch.Tensor], sources: dict[str, torch.Tensor]) -> None:
+        super().__init__()
+        self.writes: list[Write] = []
+        self.read_values: set[str] = set()
+        self.current = ""
+        self._params: dict[int, tuple[str, int]] = {}
+        for name, tensor in params.items():
+            if tensor.numel():  # of two names of one memory, the first is the one that is written
+                self._params.setdefault(_key(tensor), (name, tensor.storage_offset()))
+        self._sources = {_key(t): name for name, t in sources.items()}
+        self._dtypes = {name: t.dtype for name, t in sources.items()}
+        self._names: dict[int, frozenset[str]] = {key: frozenset({n}) for key, n in self._sources.items()}
+        self._alive: list[object] = [params, sources]
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+        names = frozenset().union(*(self._names.get(_key(t), frozenset()) for t in tensors))
+        if func is _ATEN._local_scalar_dense.default and names:
+            self.read_values |= names
+            return _zero_of(args[0])
+        written = [t for t in _written(func, args, kwargs) if _key(t) in self._params]
+        if written:
+            for target in written:
+                self._record(func, target, args, names)
+            return args[0]
+        result = func(*args, **kwargs)
+        if names:
+            for out in tree_leaves(result):
+                if isinstance(out, torch.Tensor) and _key(out) not in self._sources:
+                    self._alive.append(out)
+                    self._names[_key(out)] = self._names.get(_key(out), frozenset()) | names
+        return result
+
+    def _record(self, func: Any, target: torch.Tensor, args: Any, names: frozenset[str]) -> None:
+        param, base = self._params[_key(target)]
+        dst = View(target.storage_offset() - base, tuple(target.shape), tuple(target.stride()))
+        if func is _ATEN.zero_.default:
+            self.writes.append(Filled(self.current, param, dst, 0))
+        elif func is _ATEN.fill_.Scalar:
+            self.writes.append(Filled(self.current, param, dst, args[1]))
+        elif func is _ATEN.copy_.default:
+            self._record_copy(target, args[1], param, dst, names)
+        else:
+            self.writes.append(Computed(names | {self.current}, param, f"{func} writes to it"))
+        self._names[_key(target)] = self._names.get(_key(target), frozenset()) | names
+
+    def _record_copy(
+        self, target: torch.Tensor, source: torch.Tensor, param: str, dst: View, names: frozenset[str]
+    ) -> None:
+        tensor = self._sources.get(_key(source))
+        if tensor is not None and source.dtype is not self._dtypes[tensor]:
+            reason = f"the loader reads its {self._dtypes[tensor]} as {source.dtype}"
+            self.writes.append(Computed(names, param, reason))
+        elif tensor is not None:
+            wide = source.expand(target.shape)
+            src = View(wide.storage_offset(), tuple(wide.shape), tuple(wide.stride()))
+            self.writes.append(Copied(tensor, src, param, dst))
+        elif not names and not source.is_meta and source.numel() == 1:
+            self.writes.append(Filled(self.current, param, dst, source.reshape(()).tolist()))
+        else:
+            reason = "the loader computes the value it stores"
+            self.writes.append(Computed(names or frozenset({self.current}), param, reason))
+
+
+def _key(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+def _zero_of(tensor: torch.Tensor) -> bool | int | float:
+    if tensor.dtype is torch.bool:
+        return False
+    return 0.0 if tensor.dtype.is_floating_point else 0
+
+
+def _written(func: Any, args: Any, kwargs: Any) -> list[torch.Tensor]:
+    """The tensors that this operator writes to, by its own schema."""
+    found = []
+    for position, argument in enumerate(func._schema.arguments):
+        if argument.alias_info is None or not argument.alias_info.is_write:
+            continue
+        value = args[position] if position < len(args) else kwargs.get(argument.name)
+        found.extend(x for x in tree_leaves(value) if isinstance(x, torch.Tensor))
+    return found
