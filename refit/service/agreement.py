@@ -1,0 +1,150 @@
+"""What the coordinator decides from the ranks' messages: the plan all agree on, and whether a version may be committed.
+
+No Ray here: the messages come through the control store, and the comparisons are plain functions of plain values.
+Each refit round trips through `refit/<attempt>/...` keys; each prepare through `describe/...` and `prepare/...`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from refit.plan import Manifest, Plan, PlanOptions, build_plan, decode_rank_manifest, encode_manifest
+from refit.plan.errors import PlanError
+from refit.transfer.rendezvous import ControlStore
+
+DIGEST_MODULUS = 2**64
+SHOWN = 5  # how many mismatches a message spells out
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """What all ranks are told besides the two manifests."""
+
+    num_train: int
+    num_gen: int
+    options: PlanOptions
+    backend: str
+    bulk: str
+    num_streams: int
+    timeout_s: float
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Mismatch:
+    """A tensor whose digest on a generator rank is not the trainers'. Digests are hex, None where nobody gave one."""
+
+    tensor: str
+    gen_rank: int
+    trained: str | None
+    generated: str | None
+
+    def __str__(self) -> str:
+        return (
+            f"{self.tensor} on gen rank {self.gen_rank}: trainers sent digest {self.trained}, "
+            f"the generator holds {self.generated}"
+        )
+
+
+def agree_on_plan(control: ControlStore, terms: Terms) -> Plan:
+    """Collect all descriptions, plan, and have every rank confirm the digest before any collective is entered.
+
+    Raises PlanError when descriptions contradict each other or a rank computes another plan, TransportError when a
+    rank does not answer in time, RefitFailed when one failed.
+    """
+    deadline = Deadline(terms.timeout_s)
+    train = _collect_manifest(control, "train", terms.num_train, deadline)
+    gen = _collect_manifest(control, "gen", terms.num_gen, deadline)
+    plan = build_plan(train, gen, terms.options)
+    control.put(
+        "prepare/inputs",
+        {
+            "train": encode_manifest(train),
+            "gen": encode_manifest(gen),
+            "options": dataclasses.asdict(terms.options),
+            "backend": terms.backend,
+            "bulk": terms.bulk,
+            "num_streams": terms.num_streams,
+            "timeout_s": terms.timeout_s,
+            "digest": plan.digest,
+        },
+    )
+    for rank in range(terms.num_train + terms.num_gen):
+        digest = control.get(f"prepare/digest/{rank}", deadline.left_s)
+        if digest != plan.digest:
+            raise PlanError(
+                f"rank {rank} computed plan {digest}, the coordinator {plan.digest}, from the same manifests: "
+                "the refit package differs between the nodes; install one version everywhere"
+            )
+    control.put("prepare/go", {"ok": True})
+    for rank in range(terms.num_train + terms.num_gen):
+        control.get(f"ready/{rank}", deadline.left_s)
+    return plan
+
+
+def collect_reports(control: ControlStore, plan: Plan, attempt: int, timeout_s: float) -> dict[int, Any]:
+    """The report of every joint rank on one attempt, by rank."""
+    deadline = Deadline(timeout_s)
+    ranks = range(plan.num_train + plan.num_gen)
+    return {rank: control.get(f"refit/{attempt}/report/{rank}", deadline.left_s) for rank in ranks}
+
+
+def mismatches_of(plan: Plan, reports: Mapping[int, Any]) -> tuple[Mismatch, ...]:
+    """Every (tensor, generator rank) whose digests disagree, bulk and misc, sorted.
+
+    A tensor that only one side reported is a mismatch too: silence is not agreement.
+    """
+    trainers = [reports[rank] for rank in range(plan.num_train)]
+    found: list[Mismatch] = []
+    for gen_rank in range(plan.num_gen):
+        rank = plan.num_train + gen_rank
+        sent = sent_digests(trainers, rank)
+        held = {tensor: by_rank[str(rank)] for tensor, by_rank in reports[rank]["digests"].items()}
+        found += compare(gen_rank, sent, held)
+        found += compare(gen_rank, trainers[0]["misc_digests"], reports[rank]["misc_digests"])
+    return tuple(sorted(found, key=lambda mismatch: (mismatch.tensor, mismatch.gen_rank)))
+
+
+def sent_digests(trainers: Sequence[Any], rank: int) -> dict[str, str]:
+    """What all trainers together sent to one joint rank: the sum of their digests, per tensor, as hex."""
+    sums: dict[str, int] = {}
+    for report in trainers:
+        for tensor, by_rank in report["digests"].items():
+            if str(rank) in by_rank:
+                part = int(by_rank[str(rank)], 16)
+                sums[tensor] = (sums.get(tensor, 0) + part) % DIGEST_MODULUS
+    return {tensor: f"{total:016x}" for tensor, total in sums.items()}
+
+
+def compare(gen_rank: int, trained: Mapping[str, str], generated: Mapping[str, str]) -> Iterator[Mismatch]:
+    """The tensors on one generator rank whose digests differ or are on one side only."""
+    for tensor in sorted(trained.keys() | generated.keys()):
+        if trained.get(tensor) != generated.get(tensor):
+            yield Mismatch(tensor, gen_rank, trained.get(tensor), generated.get(tensor))
+
+
+def describe_mismatches(mismatches: Sequence[Mismatch]) -> str:
+    """The first few in words, and how many more there are."""
+    shown = "; ".join(str(mismatch) for mismatch in mismatches[:SHOWN])
+    more = len(mismatches) - SHOWN
+    return shown + (f"; and {more} more" if more > 0 else "")
+
+
+class Deadline:
+    """One time limit over several waits."""
+
+    def __init__(self, timeout_s: float) -> None:
+        self._end_s = time.monotonic() + timeout_s
+
+    @property
+    def left_s(self) -> float:
+        """Seconds left, never below zero."""
+        return max(0.0, self._end_s - time.monotonic())
+
+
+def _collect_manifest(control: ControlStore, side: str, num_ranks: int, deadline: Deadline) -> Manifest:
+    texts = [control.get(f"describe/{side}/{rank}", deadline.left_s) for rank in range(num_ranks)]
+    return Manifest(side, tuple(decode_rank_manifest(str(text)) for text in texts))
