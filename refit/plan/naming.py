@@ -1,0 +1,41 @@
+"""Canonical tensor names: HF names, with the experts of a layer stacked into one tensor per projection."""
+
+import re
+from collections.abc import Sequence
+
+from refit.plan.errors import PlanError
+
+_EXPERT = re.compile(r"^(?P<head>(?:.*\.)?experts)\.(?P<index>\d+)\.(?P<tail>.+)$")
+_STACKED = re.compile(r"^(?P<head>(?:.*\.)?experts)\.\*\.(?P<tail>.+)$")
+
+
+def canonical(hf_name: str) -> tuple[str, int | None]:
+    """`a.experts.7.up_proj.weight` -> (`a.experts.*.up_proj.weight`, 7); any other name -> (itself, None)."""
+    found = _EXPERT.match(hf_name)
+    if found is None:
+        return hf_name, None
+    return f"{found['head']}.*.{found['tail']}", int(found["index"])
+
+
+def is_stacked(tensor_name: str) -> bool:
+    """True if the canonical tensor stands for one HF tensor per expert; its dim 0 then counts experts."""
+    return _STACKED.match(tensor_name) is not None
+
+
+def hf_name(tensor_name: str, expert: int | None) -> str:
+    """The inverse of `canonical`. Raises PlanError if an expert is given for a plain name or is missing."""
+    found = _STACKED.match(tensor_name)
+    if (found is None) != (expert is None):
+        raise PlanError(
+            f"tensor {tensor_name!r} with expert {expert}: only names with 'experts.*' take an expert"
+        )
+    return tensor_name if found is None else f"{found['head']}.{expert}.{found['tail']}"
+
+
+def hf_names(tensor_name: str, shape: Sequence[int]) -> tuple[str, ...]:
+    """All HF names that a canonical tensor stands for, in expert order."""
+    if not is_stacked(tensor_name):
+        return (tensor_name,)
+    if not shape:
+        raise PlanError(f"stacked tensor {tensor_name!r} has no dims; dim 0 must count its experts")
+    return tuple(hf_name(tensor_name, expert) for expert in range(shape[0]))

@@ -1,0 +1,194 @@
+"""One side seen as layouts: which ranks hold which boxes of which tensor. Equal layouts are one object.
+
+Work here is per distinct *body* (ranks that share their holdings) and per distinct tuple of regions, so
+replicas and repeated layers cost nothing.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from refit.plan.manifest import Holding, Manifest, RankManifest, TensorSpec, coalesce_holdings
+from refit.plan.region import Region, disjoint, first_overlap, merge_adjacent
+
+
+@dataclass(frozen=True, slots=True)
+class Copy:
+    """One complete set of boxes of a tensor on one rank, with the memory behind it.
+
+    A generator that keeps a tensor twice (tied embeddings in separate memory) has two copies, each to be
+    filled. `pattern` numbers the tuple of holding regions, so equal patterns share their matching.
+    """
+
+    boxes: tuple[Region, ...]
+    holdings: tuple[Holding, ...]
+    pattern: int
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One box of a layout: every rank of `ranks` (ranks inside the side) holds it as its copy number
+    `copy`."""
+
+    box: Region
+    copy: int
+    ranks: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """How one side holds a tensor. `index` is the layout's number inside its side."""
+
+    index: int
+    entries: tuple[Entry, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Side:
+    """Index of a manifest. `copies[b][tensor]` are the copies of body `b`; `body_of_rank[r]` names r's
+    body."""
+
+    manifest: Manifest
+    bodies: tuple[RankManifest, ...]
+    body_ranks: tuple[tuple[int, ...], ...]
+    body_of_rank: tuple[int, ...]
+    copies: tuple[dict[str, tuple[Copy, ...]], ...]
+    specs: dict[str, TensorSpec]
+    misc: dict[str, str]
+    layouts: dict[str, Layout]
+
+    @classmethod
+    def of(cls, manifest: Manifest) -> "Side":
+        """Index a manifest. Cost: distinct bodies x their holdings."""
+        bodies, body_of_rank = _distinct_bodies(manifest)
+        body_ranks: list[list[int]] = [[] for _ in bodies]
+        for rank, body in enumerate(body_of_rank):
+            body_ranks[body].append(rank)
+        copies = _Copies(overlaps_are_copies=manifest.side == "gen")
+        tables = tuple(copies.of_body(body) for body in bodies)
+        ranks_of_body = tuple(map(tuple, body_ranks))
+        return cls(
+            manifest=manifest,
+            bodies=bodies,
+            body_ranks=ranks_of_body,
+            body_of_rank=body_of_rank,
+            copies=tables,
+            specs=_specs(bodies),
+            misc=_misc(bodies, ranks_of_body),
+            layouts=_layouts(tables, ranks_of_body),
+        )
+
+
+def _distinct_bodies(manifest: Manifest) -> tuple[tuple[RankManifest, ...], tuple[int, ...]]:
+    by_identity: dict[tuple[int, ...], int] = {}
+    by_value: dict[tuple[object, ...], int] = {}
+    bodies: list[RankManifest] = []
+    of_rank: list[int] = []
+    for rank in manifest.ranks:
+        parts = (rank.tensors, rank.params, rank.holdings, rank.misc)
+        identity = tuple(map(id, parts))
+        body = by_identity.get(identity)
+        if body is None:
+            body = by_value.setdefault(parts, len(bodies))
+            by_identity[identity] = body
+            if body == len(bodies):
+                bodies.append(rank)
+        of_rank.append(body)
+    return tuple(bodies), tuple(of_rank)
+
+
+def _specs(bodies: Iterable[RankManifest]) -> dict[str, TensorSpec]:
+    specs: dict[str, TensorSpec] = {}
+    for body in bodies:
+        for spec in body.tensors:
+            specs.setdefault(spec.name, spec)
+    return specs
+
+
+def _misc(bodies: Iterable[RankManifest], ranks: Sequence[tuple[int, ...]]) -> dict[str, str]:
+    reasons: dict[str, str] = {}
+    for body, body_ranks in zip(bodies, ranks, strict=True):
+        for misc in body.misc:
+            reasons.setdefault(misc.tensor, f"{body.side} rank {body_ranks[0]}: {misc.reason}")
+    return reasons
+
+
+@dataclass(slots=True)
+class _Copies:
+    """Builds copies; remembers what it did for a tuple of regions, because layers and ranks repeat."""
+
+    overlaps_are_copies: bool
+    patterns: dict[tuple[Region, ...], int] = field(default_factory=dict)
+    splits: dict[tuple[Region, ...], tuple[tuple[int, ...], ...]] = field(default_factory=dict)
+    boxes: dict[tuple[Region, ...], tuple[Region, ...]] = field(default_factory=dict)
+
+    def of_body(self, body: RankManifest) -> dict[str, tuple[Copy, ...]]:
+        by_tensor: dict[str, list[Holding]] = {}
+        for holding in coalesce_holdings(body.holdings):
+            by_tensor.setdefault(holding.tensor, []).append(holding)
+        return {tensor: self._of_tensor(holdings) for tensor, holdings in by_tensor.items()}
+
+    def _of_tensor(self, holdings: Sequence[Holding]) -> tuple[Copy, ...]:
+        regions = tuple(holding.region for holding in holdings)
+        if not self.overlaps_are_copies:
+            return (self._copy(regions, tuple(holdings)),)
+        split = self.splits.get(regions)
+        if split is None:
+            split = self.splits[regions] = _split_overlaps(regions)
+        return tuple(
+            self._copy(tuple(regions[i] for i in part), tuple(holdings[i] for i in part)) for part in split
+        )
+
+    def _copy(self, regions: tuple[Region, ...], holdings: tuple[Holding, ...]) -> Copy:
+        boxes = self.boxes.get(regions)
+        if boxes is None:
+            boxes = self.boxes[regions] = merge_adjacent(disjoint(regions))
+        return Copy(boxes, holdings, self.patterns.setdefault(regions, len(self.patterns)))
+
+
+def _split_overlaps(regions: tuple[Region, ...]) -> tuple[tuple[int, ...], ...]:
+    """Positions of the regions, dealt into as few groups as a first fit finds, each without overlaps."""
+    if first_overlap(regions) is None:
+        return (tuple(range(len(regions))),)
+    groups: list[list[int]] = []
+    for position, region in enumerate(regions):
+        fitting = (group for group in groups if all(region.intersect(regions[i]) is None for i in group))
+        group = next(fitting, None)
+        if group is None:
+            groups.append(group := [])
+        group.append(position)
+    return tuple(map(tuple, groups))
+
+
+def _layouts(
+    tables: Sequence[dict[str, tuple[Copy, ...]]], body_ranks: Sequence[tuple[int, ...]]
+) -> dict[str, Layout]:
+    found: dict[str, dict[tuple[Region, int], list[int]]] = {}
+    for body, table in enumerate(tables):
+        for tensor, copies in table.items():
+            entries = found.setdefault(tensor, {})
+            for number, copy in enumerate(copies):
+                for box in copy.boxes:
+                    entries.setdefault((box, number), []).append(body)
+    ranks_of: dict[tuple[int, ...], tuple[int, ...]] = {}
+    layouts: dict[tuple[tuple[Region, int, tuple[int, ...]], ...], Layout] = {}
+    result: dict[str, Layout] = {}
+    for tensor, by_box in found.items():
+        key = tuple((box, number, tuple(bodies)) for (box, number), bodies in sorted(by_box.items()))
+        if key not in layouts:
+            entries_of_key = tuple(
+                Entry(box, number, _ranks_of(bodies, body_ranks, ranks_of)) for box, number, bodies in key
+            )
+            layouts[key] = Layout(len(layouts), entries_of_key)
+        result[tensor] = layouts[key]
+    return result
+
+
+def _ranks_of(
+    bodies: tuple[int, ...],
+    body_ranks: Sequence[tuple[int, ...]],
+    memo: dict[tuple[int, ...], tuple[int, ...]],
+) -> tuple[int, ...]:
+    ranks = memo.get(bodies)
+    if ranks is None:
+        ranks = memo[bodies] = tuple(sorted(rank for body in bodies for rank in body_ranks[body]))
+    return ranks

@@ -1,0 +1,82 @@
+"""Plans of random worlds against brute force over elements."""
+
+import os
+from itertools import product
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from refit.plan import build_plan, decode_manifest, encode_manifest
+from tests.plan.worlds import elements, expected, random_world, run
+
+
+def check_world(seed):
+    train, gen, options = random_world(seed)
+    plan = build_plan(train, gen, options)
+    assert run(plan, train, gen) == expected(plan, gen)
+    check_classes(plan, train, gen)
+    check_routes(plan, gen)
+    return plan
+
+
+def check_classes(plan, train, gen):
+    """bulk exactly when the trainers hold all that is wanted and the generators hold everything (one replica
+    here)."""
+    for tensor in plan.tensors.values():
+        whole = set(product(*map(range, tensor.shape)))
+        held = {
+            index
+            for rank in train.ranks
+            for h in rank.holdings
+            if h.tensor == tensor.name
+            for index in elements(h.region)
+        }
+        wanted = {
+            index
+            for rank in gen.ranks
+            for h in rank.holdings
+            if h.tensor == tensor.name
+            for index in elements(h.region)
+        }
+        provable = bool(wanted) and wanted <= held and wanted == whole
+        assert (tensor.kind == "bulk") == provable, tensor
+
+
+def check_routes(plan, gen):
+    routes = list(plan.routes())
+    assert len(routes) == plan.num_routes
+    wanted = {}
+    for rank in gen.ranks:
+        for held in rank.holdings:
+            if plan.tensors[held.tensor].kind == "bulk":
+                for index in elements(held.region):
+                    key = (plan.num_train + rank.rank, held.tensor, index)
+                    wanted[key] = wanted.get(key, 0) + 1
+    for route in routes:
+        for index in elements(route.region):
+            wanted[route.dst_rank, route.tensor, index] -= 1
+    assert not any(wanted.values())
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.integers(0, 2**32))
+def test_any_world_moves_each_wanted_element_once_from_a_rank_that_has_it(seed):
+    check_world(seed)
+
+
+@pytest.mark.slow
+@settings(max_examples=int(os.environ.get("REFIT_PLAN_EXAMPLES", "2500")), deadline=None)
+@given(st.integers(0, 2**32))
+def test_thousands_of_worlds_equal_brute_force(seed):
+    check_world(seed)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 2**32))
+def test_a_plan_from_wire_documents_is_the_same_plan(seed):
+    train, gen, options = random_world(seed)
+    again = build_plan(
+        decode_manifest(encode_manifest(train)), decode_manifest(encode_manifest(gen)), options
+    )
+    assert again.digest == build_plan(train, gen, options).digest
