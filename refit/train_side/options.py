@@ -1,0 +1,71 @@
+"""How the trainers are laid out and how they train: pure values, checked when made."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True, slots=True)
+class TrainParallel:
+    """Sizes of the trainer's axes. `tensor * pipeline * data` is the number of trainer ranks.
+
+    `expert` and `expert_tensor` cut the experts over the same ranks: `expert * expert_tensor` divides
+    `tensor * data`. Ranks are ordered as Megatron orders them: tensor fastest, then data, pipeline slowest.
+    `first_stage_layers` / `last_stage_layers` override an even split (None: even).
+    """
+
+    tensor: int = 1
+    pipeline: int = 1
+    expert: int = 1
+    data: int = 1
+    virtual_pipeline: int = 1
+    expert_tensor: int = 1
+    first_stage_layers: int | None = None
+    last_stage_layers: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("tensor", "pipeline", "expert", "data", "virtual_pipeline", "expert_tensor"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"TrainParallel.{name} is {getattr(self, name)}: it must be at least 1")
+        if self.tensor * self.data % (self.expert * self.expert_tensor):
+            raise ValueError(
+                f"expert ({self.expert}) * expert_tensor ({self.expert_tensor}) does not divide "
+                f"tensor ({self.tensor}) * data ({self.data}): raise data or lower expert"
+            )
+        if self.virtual_pipeline > 1 and self.pipeline == 1:
+            raise ValueError(f"virtual_pipeline {self.virtual_pipeline} needs pipeline > 1, which is 1")
+
+    @property
+    def world_size(self) -> int:
+        return self.tensor * self.pipeline * self.data
+
+
+@dataclass(frozen=True, slots=True)
+class TrainOptions:
+    """The optimizer step. `num_microbatches` is per data parallel rank; fillers make up the last ones.
+
+    `kl_coef` weighs the KL to the frozen initial policy, `clip_ratio` is PPO's epsilon, `max_grad_norm` clips
+    the global gradient norm (0: no clipping). "bf16": bfloat16 parameters, float32 masters in the optimizer.
+    """
+
+    lr: float = 1e-4
+    clip_ratio: float = 0.2
+    kl_coef: float = 0.01
+    precision: Literal["bf16", "fp32"] = "bf16"
+    seed: int = 0
+    num_microbatches: int = 2
+    max_grad_norm: float = 1.0
+    weight_decay: float = 0.0
+    adam_betas: tuple[float, float] = (0.9, 0.95)
+
+    def __post_init__(self) -> None:
+        if self.precision not in ("bf16", "fp32"):
+            raise ValueError(f'TrainOptions.precision is {self.precision!r}: it must be "bf16" or "fp32"')
+        if self.num_microbatches < 1:
+            raise ValueError(f"TrainOptions.num_microbatches is {self.num_microbatches}: at least 1")
+        if self.lr < 0 or self.kl_coef < 0 or not 0 < self.clip_ratio < 1:
+            raise ValueError(
+                f"TrainOptions: lr {self.lr} and kl_coef {self.kl_coef} must be >= 0, "
+                f"clip_ratio {self.clip_ratio} between 0 and 1"
+            )
