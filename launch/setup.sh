@@ -39,6 +39,8 @@ refit_setup() {
     echo "$want" >"$stamp"
   fi
   export PATH="$refit_venv/bin:$PATH" VIRTUAL_ENV="$refit_venv"
+  # A job starts five processes that import vLLM or Megatron; with cached bytecode each saves 5 to 10 s.
+  unset PYTHONDONTWRITEBYTECODE
 }
 
 refit_setup
