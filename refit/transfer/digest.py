@@ -1,0 +1,161 @@
+"""An additive, position-weighted 64-bit digest of tensor contents.
+
+With items of `b` bytes, `k = 8 / b` elements of the last dim share one 64-bit word. The element with unsigned bits
+`v` at index `(i_0 .. i_n)` adds, mod 2**64,
+
+    (v + 1) * 2**(8 b (i_n mod k)) * h_n(i_n div k) * h_0(i_0) * .. * h_{n-1}(i_{n-1})
+
+where `h_d` are odd weights (splitmix64 of dim and index). Hence:
+
+* digests of disjoint boxes add up to the digest of their union, whatever the cut and the strides;
+* a change of one element always shows (an odd weight is a unit, and the shift loses no bit of `v`);
+* an element that moves, or two that swap, show, because the weights of two positions differ;
+* a missing box of zeros shows too (`v + 1`).
+
+Cost: words that are aligned in memory are read once, by a vector product in int64 (3 GB/s on one core here, where a
+copy makes 2.7); anything else is first copied, CHUNK_ELEMENTS at a time.
+"""
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from refit.plan import PlanError, Region
+from refit.plan.region import split_rows
+from refit.transfer.memory import as_bits
+
+CHUNK_ELEMENTS = (
+    1 << 20
+)  # extra memory of a call is at most 8 bytes per element of one chunk, and its weights
+CACHED_WEIGHTS = 1 << 14  # weight vectors up to this length are kept (64 of them: 8 MiB)
+WORD_BYTES = 8
+MASK = (1 << 64) - 1
+_GOLDEN, _MIX_1, _MIX_2, _DIM_STEP = (
+    0x9E3779B97F4A7C15,
+    0xBF58476D1CE4E5B9,
+    0x94D049BB133111EB,
+    0xD1B54A32D192ED03,
+)
+
+
+def digest(view: Tensor, region: Region, tensor_shape: Sequence[int]) -> int:
+    """The contribution of one box, in [0, 2**64). `view` holds the elements of `region` of a tensor of `tensor_shape`.
+
+    `view` may be strided in any way and have any dtype of 1, 2, 4 or 8 bytes.
+    """
+    if tuple(view.shape) != region.shape:
+        raise PlanError(
+            f"a view of shape {tuple(view.shape)} cannot hold region {region} of shape {region.shape}"
+        )
+    if len(tensor_shape) != view.dim() or any(s > n for s, n in zip(region.stops, tensor_shape, strict=True)):
+        raise PlanError(f"region {region} is outside a tensor of shape {tuple(tensor_shape)}")
+    bits = as_bits(view.detach())
+    if view.dim() == 0:
+        bits, region = bits.reshape(1), Region((0,), (1,))
+    if bits.numel() <= CHUNK_ELEMENTS:
+        return _chunk_digest(bits, region)
+    total = 0
+    for part in split_rows(region, CHUNK_ELEMENTS):
+        inside = zip(part.starts, part.stops, region.starts, strict=True)
+        total += _chunk_digest(bits[tuple(slice(start - at, stop - at) for start, stop, at in inside)], part)
+    return total & MASK
+
+
+def combine(digests: Sequence[int]) -> int:
+    """The digest of the union of disjoint boxes."""
+    return sum(digests) & MASK
+
+
+def _chunk_digest(bits: Tensor, region: Region) -> int:
+    if bits.numel() == 0:
+        return 0
+    per_word = WORD_BYTES // bits.element_size()
+    first_word, lead = divmod(region.starts[-1], per_word)
+    stop_word = -(-region.stops[-1] // per_word)
+    last_dim = bits.dim() - 1
+    words = _words(bits, per_word, lead, stop_word - first_word)
+    partial = _dot(words, weights(last_dim, first_word, stop_word, bits.device))
+    ones = _ones_along_last(last_dim, per_word, region.starts[-1], region.stops[-1])
+    for dim in reversed(range(last_dim)):
+        start, stop = region.starts[dim], region.stops[dim]
+        partial = _dot(partial, weights(dim, start, stop, bits.device))
+        ones = ones * _weight_sum(dim, start, stop) & MASK
+    return (int(partial.item()) + ones) & MASK
+
+
+def _dot(words: Tensor, by: Tensor) -> Tensor:
+    """Wrapped int64 product along the last dim; torch has no integer matmul on CUDA."""
+    return (words * by).sum(-1) if words.is_cuda else words @ by
+
+
+def _words(bits: Tensor, per_word: int, lead: int, num_words: int) -> Tensor:
+    """The box as 64-bit words along its last dim: a view where memory allows it, else a copy padded with zeros."""
+    if per_word == 1:
+        return bits
+    if lead == 0 and bits.shape[-1] == num_words * per_word and _is_word_aligned(bits, per_word):
+        return bits.view(torch.int64)
+    words = torch.zeros((*bits.shape[:-1], num_words), dtype=torch.int64, device=bits.device)
+    words.view(bits.dtype)[..., lead : lead + bits.shape[-1]].copy_(bits)
+    return words
+
+
+def _is_word_aligned(bits: Tensor, per_word: int) -> bool:
+    return (
+        bits.stride(-1) == 1
+        and bits.data_ptr() % WORD_BYTES == 0
+        and bits.storage_offset() % per_word == 0
+        and all(stride % per_word == 0 for stride in bits.stride()[:-1])
+    )
+
+
+def weights(dim: int, start: int, stop: int, device: torch.device) -> Tensor:
+    """The odd weights of positions [start, stop) of a dim (words of the last dim), as wrapped int64."""
+    if stop - start <= CACHED_WEIGHTS:
+        return _kept_weights(dim, start, stop, device)
+    return _fresh_weights(dim, start, stop, device)
+
+
+@lru_cache(maxsize=64)
+def _kept_weights(dim: int, start: int, stop: int, device: torch.device) -> Tensor:
+    return _fresh_weights(dim, start, stop, device)
+
+
+def _fresh_weights(dim: int, start: int, stop: int, device: torch.device) -> Tensor:
+    """splitmix64 (Steele, Lea, Flood 2014) of (dim, position), made odd."""
+    mixed = torch.arange(start, stop, dtype=torch.int64, device=device)
+    mixed = mixed * _signed(_GOLDEN) + _signed((dim + 1) * _DIM_STEP)
+    mixed = (mixed ^ _shifted(mixed, 30)) * _signed(_MIX_1)
+    mixed = (mixed ^ _shifted(mixed, 27)) * _signed(_MIX_2)
+    return (mixed ^ _shifted(mixed, 31)) | 1
+
+
+@lru_cache(maxsize=4096)
+def _weight_sum(dim: int, start: int, stop: int) -> int:
+    """Sum of weights, mod 2**64."""
+    return int(weights(dim, start, stop, torch.device("cpu")).sum().item()) & MASK
+
+
+@lru_cache(maxsize=4096)
+def _ones_along_last(dim: int, per_word: int, start: int, stop: int) -> int:
+    """What the `+ 1` of elements [start, stop) of the last dim adds: whole words less what sticks out at both ends."""
+    item_bits = 8 * WORD_BYTES // per_word
+    first_word, lead = divmod(start, per_word)
+    stop_word = -(-stop // per_word)
+    kept = per_word - (stop_word * per_word - stop)
+    ones = [1 << (item_bits * j) for j in range(per_word)]
+    before = sum(ones[:lead]) * _weight_sum(dim, first_word, first_word + 1)
+    behind = sum(ones[kept:]) * _weight_sum(dim, stop_word - 1, stop_word)
+    return (sum(ones) * _weight_sum(dim, first_word, stop_word) - before - behind) & MASK
+
+
+def _signed(value: int) -> int:
+    """A 64-bit pattern as the int64 that torch takes."""
+    value &= MASK
+    return value - (1 << 64) if value >> 63 else value
+
+
+def _shifted(tensor: Tensor, num_bits: int) -> Tensor:
+    """Logical right shift of int64."""
+    return (tensor >> num_bits) & ((1 << (64 - num_bits)) - 1)

@@ -1,0 +1,117 @@
+"""Process groups of a refit, made directly on the control store, apart from any default group.
+
+One group per trainer stage (its trainers and all generators) and one for misc (trainer 0 and all generators). Each has
+its own connections, so threads that run different stages never share one.
+"""
+
+import ipaddress
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import cast
+
+from torch._C._distributed_c10d import ProcessGroup, ProcessGroupGloo, Store
+
+from refit.plan import ConfigError, Plan
+from refit.transfer.errors import TransportError
+from refit.transfer.rendezvous import ControlStore
+from refit.transfer.transport import ProcessGroupTransport, Transport
+
+BACKENDS = ("gloo", "nccl")
+MISC = "misc"
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """One group that this rank is in. `ranks` are joint ranks in group order; `rank` is this one's joint rank."""
+
+    name: str
+    ranks: tuple[int, ...]
+    rank: int
+    process_group: ProcessGroup
+    transport: Transport
+
+    @property
+    def position(self) -> int:
+        """This rank's number inside the group."""
+        return self.ranks.index(self.rank)
+
+
+@dataclass(frozen=True, slots=True)
+class Groups:
+    """All groups of one rank: by stage number, and misc (None on trainers other than 0)."""
+
+    stages: Mapping[int, Group]
+    misc: Group | None
+
+    def abort(self) -> None:
+        """Free every thread of this rank that waits in any group."""
+        for group in self._all():
+            group.transport.abort()
+
+    def close(self) -> None:
+        """Give the connections back."""
+        for group in self._all():
+            group.transport.close()
+
+    def _all(self) -> tuple[Group, ...]:
+        return (*self.stages.values(), *([] if self.misc is None else [self.misc]))
+
+
+def open_groups(control: ControlStore, rank: int, plan: Plan, backend: str, timeout_s: float) -> Groups:
+    """Open this rank's groups. Collective over their members. Raises TransportError at the deadline."""
+    if backend not in BACKENDS:
+        raise ConfigError(f"refit.backend is {backend!r}; it can be one of {', '.join(BACKENDS)}")
+    deadline = time.monotonic() + timeout_s
+    stages = {
+        stage.stage: open_group(control, f"stage{stage.stage}", stage.group_ranks, rank, backend, deadline)
+        for stage in plan.rank_plan(rank).stages
+    }
+    misc_ranks = (0, *range(plan.num_train, plan.num_train + plan.num_gen))
+    misc = open_group(control, MISC, misc_ranks, rank, backend, deadline) if rank in misc_ranks else None
+    return Groups(stages, misc)
+
+
+def open_group(
+    control: ControlStore, name: str, ranks: tuple[int, ...], rank: int, backend: str, deadline: float
+) -> Group:
+    """Open one group once all its members say they are here, so that a missing one is named and not just waited for."""
+    control.put(f"group/{name}/{rank}", "here")
+    for member in ranks:
+        control.get(f"group/{name}/{member}", deadline - time.monotonic())
+    left_s = max(1.0, deadline - time.monotonic())
+    store = control.group_store(name)
+    try:
+        process_group = _process_group(backend, store, ranks.index(rank), len(ranks), left_s, control.address)
+    except RuntimeError as error:
+        control.raise_if_failed()
+        raise TransportError(
+            f"rank {rank} cannot open group {name!r} of ranks {ranks} over {backend} within {left_s:.1f} s: {error}"
+        ) from error
+    return Group(name, ranks, rank, process_group, ProcessGroupTransport(process_group, ranks, rank))
+
+
+def _process_group(
+    backend: str, store: Store, position: int, size: int, timeout_s: float, address: str
+) -> ProcessGroup:
+    limit = timedelta(seconds=timeout_s)
+    if backend == "nccl":
+        from torch._C._distributed_c10d import ProcessGroupNCCL  # absent from a CPU build
+
+        nccl_options = ProcessGroupNCCL.Options()
+        nccl_options._timeout = limit
+        return cast(ProcessGroup, ProcessGroupNCCL(store, position, size, nccl_options))
+    options = ProcessGroupGloo._Options()  # type: ignore[attr-defined]
+    options._timeout = limit
+    options._devices = [_gloo_device(address)]
+    options._threads = 2
+    # The stubs know the collectives of a ProcessGroup only; a bare backend has the same ones.
+    return cast(ProcessGroup, ProcessGroupGloo(store, position, size, options))  # type: ignore[arg-type]
+
+
+def _gloo_device(address: str) -> ProcessGroupGloo.Device:
+    """Loopback where the control store is on loopback; else torch's choice, which GLOO_SOCKET_IFNAME steers."""
+    if address == "localhost" or ipaddress.ip_address(address).is_loopback:
+        return ProcessGroupGloo.create_device(hostname="127.0.0.1")
+    return ProcessGroupGloo.create_default_device()

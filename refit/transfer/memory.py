@@ -1,0 +1,74 @@
+"""Torch views of planned memory: dtypes by name, strided boxes of a param, and bytes of anything.
+
+A copy between equal dtypes goes through integers of the same size, so it is exact for every bit pattern (NaN payloads,
+float8, packed sub-byte types) and needs no arithmetic support for the dtype.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from refit.plan import ParamSpec, PlanError
+from refit.transfer.errors import TransportError
+
+_BITS: dict[int, torch.dtype] = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """The torch dtype called `name` ("bfloat16", "float8_e4m3fn", ...). Raises PlanError for anything else."""
+    dtype = getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype):
+        raise PlanError(
+            f"torch has no dtype {name!r}; a packed format travels as its storage dtype, e.g. 'uint8'"
+        )
+    return dtype
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """The inverse of `torch_dtype`: torch.bfloat16 -> "bfloat16"."""
+    return str(dtype).removeprefix("torch.")
+
+
+def as_bits(tensor: Tensor) -> Tensor:
+    """The same memory as integers of the same item size. Shape and strides stay."""
+    bits = _BITS.get(tensor.element_size())
+    if bits is None:
+        raise PlanError(
+            f"dtype {tensor.dtype} has items of {tensor.element_size()} bytes; 1, 2, 4 and 8 can be moved"
+        )
+    return tensor if tensor.dtype == bits else tensor.view(bits)
+
+
+def as_bytes(tensor: Tensor) -> Tensor:
+    """The memory of a contiguous tensor as one run of uint8."""
+    return as_bits(tensor).reshape(-1).view(torch.uint8)
+
+
+def strided_box(param: Tensor, shape: Sequence[int], strides: Sequence[int], offset: int) -> Tensor:
+    """The box that starts `offset` elements after the param's own first element. A view; nothing is copied."""
+    return torch.as_strided(param.detach(), tuple(shape), tuple(strides), param.storage_offset() + offset)
+
+
+def copy_cast(target: Tensor, source: Tensor) -> None:
+    """Copy element by element; bit for bit where the dtypes agree, by torch's own rounding where they differ."""
+    if target.dtype == source.dtype:
+        as_bits(target).copy_(as_bits(source))
+    else:
+        target.copy_(source)
+
+
+def require_params(specs: Iterable[ParamSpec], params: Mapping[str, Tensor], who: str) -> None:
+    """Check live params against the manifest: a param that was re-created or cast since then must not be moved."""
+    for spec in specs:
+        tensor = params.get(spec.name)
+        if tensor is None:
+            raise TransportError(
+                f"{who} has no param {spec.name!r} any more; its manifest lists it: describe it again"
+            )
+        found = (tuple(tensor.shape), dtype_name(tensor.dtype))
+        if found != (spec.shape, spec.dtype):
+            raise TransportError(
+                f"param {spec.name!r} of {who} is {found[1]} {found[0]}, but its manifest says {spec.dtype} "
+                f"{spec.shape}: the model changed after it was described; prepare the refit again"
+            )

@@ -1,0 +1,143 @@
+"""The seam: what moves parcels of bytes between joint ranks, in four methods, and torch process groups behind it."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch._C._distributed_c10d import ProcessGroup, Work
+
+from refit.transfer.errors import TransportError
+
+SEND, RECEIVE = "send", "receive"
+ABORT_TAG = 1 << 30  # never used for a parcel
+SHORTEST_WAIT_S = 0.001  # gloo takes 0 for "no limit"
+
+
+@dataclass(frozen=True, slots=True)
+class Parcel:
+    """`payload` (contiguous uint8, one dim) goes to, or comes from, joint rank `peer`."""
+
+    peer: int
+    payload: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Operation:
+    """One posted send or receive."""
+
+    direction: str
+    parcel: Parcel
+    work: Work | None
+
+
+type Ticket = tuple[Operation, ...]
+
+
+class Transport(Protocol):
+    """Moves parcels between the ranks of one group. Parcels of a pair with one tag arrive in the order of the posts."""
+
+    def post(self, sends: Sequence[Parcel], receives: Sequence[Parcel], tag: int) -> Ticket:
+        """Start all transfers and return. Payloads belong to the transport until `wait` returns."""
+
+    def wait(self, ticket: Ticket, deadline: float) -> None:
+        """Return when every transfer is done. Raises TransportError that names the peer, also at `deadline`."""
+
+    def abort(self) -> None:
+        """Free every thread that waits here and make later use fail. Callable from any thread, more than once."""
+
+    def close(self) -> None:
+        """Give all resources back."""
+
+
+class ProcessGroupTransport:
+    """Parcels over a torch process group (gloo or NCCL). `ranks[i]` is the joint rank of group rank i."""
+
+    def __init__(self, process_group: ProcessGroup, ranks: Sequence[int], rank: int) -> None:
+        self._process_group = process_group
+        self._positions = {joint: position for position, joint in enumerate(ranks)}
+        self._position = self._positions[rank]
+        self._is_gloo = process_group.name() == "gloo"
+
+    def post(self, sends: Sequence[Parcel], receives: Sequence[Parcel], tag: int) -> Ticket:
+        group = self._process_group
+        wanted = [(RECEIVE, parcel) for parcel in receives] + [(SEND, parcel) for parcel in sends]
+        if not self._is_gloo and wanted:
+            return self._post_together(wanted)
+        posted: list[Operation] = []
+        for direction, parcel in wanted:
+            start = group.send if direction == SEND else group.recv
+            try:
+                work = start([parcel.payload], self._positions[parcel.peer], tag)
+            except RuntimeError as error:
+                raise TransportError(f"cannot post a {describe(direction, parcel)}: {error}") from error
+            posted.append(Operation(direction, parcel, work))
+        return tuple(posted)
+
+    def _post_together(self, wanted: Sequence[tuple[str, Parcel]]) -> Ticket:
+        """NCCL: one group call, so that sends and receives of a round cannot wait for each other."""
+        group, device = self._process_group, wanted[0][1].payload.device
+        group._start_coalescing(device)
+        for direction, parcel in wanted:
+            start = group.send if direction == SEND else group.recv
+            start([parcel.payload], self._positions[parcel.peer], 0)
+        work = group._end_coalescing(device)
+        return tuple(Operation(direction, parcel, work) for direction, parcel in wanted)
+
+    def wait(self, ticket: Ticket, deadline: float) -> None:
+        start = time.monotonic()
+        for number, operation in enumerate(ticket):
+            assert operation.work is not None, "an operation of a process group has a work handle"
+            left_s = max(SHORTEST_WAIT_S, deadline - time.monotonic())
+            try:
+                operation.work.wait(timedelta(seconds=left_s))
+            except RuntimeError as error:
+                late = [o.parcel for o in ticket[number:]]
+                raise TransportError(
+                    f"{describe(operation.direction, operation.parcel)} failed after "
+                    f"{time.monotonic() - start:.1f} s, {sum(p.payload.numel() for p in late)} bytes with ranks "
+                    f"{sorted({p.peer for p in late})} outstanding: {error}"
+                ) from error
+        if ticket and ticket[0].parcel.payload.is_cuda:
+            wait_for_stream(torch.cuda.current_stream(), deadline)
+
+    def abort(self) -> None:
+        """gloo ignores abort() and shutdown() (torch 2.13), but a receive that times out closes all pairs of its group.
+
+        That frees all local waiters at once, and the peers see the connection closed.
+        """
+        if not self._is_gloo:
+            self._process_group.abort()
+            return
+        if len(self._positions) < 2:
+            return
+        other = 1 if self._position == 0 else 0
+        try:
+            work = self._process_group.recv([torch.empty(1, dtype=torch.uint8)], other, ABORT_TAG)
+            work.wait(timedelta(seconds=SHORTEST_WAIT_S))
+        except RuntimeError:
+            return  # this is the time-out that closes the pairs, or they were closed before
+
+    def close(self) -> None:
+        if not self._is_gloo:
+            self._process_group.shutdown()
+
+
+def describe(direction: str, parcel: Parcel) -> str:
+    """Words for one transfer in a message."""
+    word = "to" if direction == SEND else "from"
+    return f"{direction} of {parcel.payload.numel()} bytes {word} rank {parcel.peer}"
+
+
+def wait_for_stream(stream: torch.cuda.Stream, deadline: float) -> None:
+    """Wait for queued CUDA work with a deadline: a synchronize() has none, and an aborted NCCL call may never end."""
+    event = stream.record_event()
+    while not event.query():
+        if time.monotonic() > deadline:
+            raise TransportError(
+                "the CUDA stream of this transfer has not finished by its deadline; a peer is stuck"
+            )
+        time.sleep(0.0002)
