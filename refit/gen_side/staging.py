@@ -39,7 +39,7 @@ class StagingError(RuntimeError):
     """A step of the transaction came out of order, or a loader left it. The live model is as it was."""
 
 
-class CommitFailed(RuntimeError):
+class CommitFailed(RuntimeError):  # noqa: N818 - named like RefitFailed
     """vLLM's processing failed half way: this worker must not serve before a full refit or a restart."""
 
 

@@ -1,0 +1,265 @@
+"""The worker's part of a refit, plugged into vLLM as the weight transfer backend `refit`.
+
+One object lives in every vLLM worker. `prepare` traces the loader and joins the plan; then, per refit,
+`start_weight_update` stages, `update_weights` receives, and `finish_weight_update` reads the coordinator's
+decision: commit or discard. `audit` puts digests of live memory into the control store.
+
+These calls do not raise in the worker: vLLM's executor stops reading replies at the first worker that failed and
+takes the others' leftover replies for those of the next call. The outcome is in `status()`, which the caller asks
+of every worker, and in the control store, which tells all other ranks at once.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from vllm.distributed import get_pp_group, get_world_group
+from vllm.distributed.weight_transfer.base import (
+    WeightTransferEngine,
+    WeightTransferInitInfo,
+    WeightTransferUpdateInfo,
+)
+
+from refit.gen_side.audit import Committed, audit, observe_commit, observe_staging
+from refit.gen_side.hf_index import read_hf_shapes
+from refit.gen_side.staging import Staging
+from refit.gen_side.trace import LoaderTrace, trace_loader
+from refit.plan import ConfigError, ParamSpec
+from refit.transfer.endpoint import Endpoint
+from refit.transfer.errors import RefitFailed
+from refit.transfer.rendezvous import ControlStore
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass
+class RefitInitInfo(WeightTransferInitInfo):
+    """`action` "prepare" needs every field but `audit`; "audit" needs only `audit`."""
+
+    action: str
+    store: str = ""
+    run_id: str = ""
+    first_gen_rank: int = 0
+    replica: int = 0
+    timeout_s: float = 0.0
+    audit: str = ""
+
+    def __post_init__(self) -> None:
+        match self.action:
+            case "prepare":
+                host, _, port = self.store.rpartition(":")
+                if not host or not port.isdigit() or not self.run_id or self.timeout_s <= 0:
+                    raise ConfigError(
+                        f"prepare needs store 'host:port', run_id and timeout_s > 0; got store {self.store!r},"
+                        f" run_id {self.run_id!r}, timeout_s {self.timeout_s}"
+                    )
+            case "audit":
+                if not self.audit:
+                    raise ConfigError("audit needs an audit id; got an empty one")
+            case _:
+                raise ConfigError(f"action {self.action!r} is not known; use 'prepare' or 'audit'")
+
+
+@dataclass
+class RefitUpdateInfo(WeightTransferUpdateInfo):
+    """Which version is on its way, and under which attempt its messages stand."""
+
+    version: int
+    attempt: int
+
+
+@dataclass(frozen=True, slots=True)
+class Session:
+    """What `prepare` set up."""
+
+    control: ControlStore
+    endpoint: Endpoint
+    trace: LoaderTrace
+    gen_rank: int
+    timeout_s: float
+
+    @property
+    def who(self) -> str:
+        return f"gen {self.gen_rank}"
+
+
+class RefitWeightTransferEngine(WeightTransferEngine[RefitInitInfo, RefitUpdateInfo]):
+    """States: serving, staging, broken. A broken worker (a commit failed half way) must not serve."""
+
+    init_info_cls = RefitInitInfo
+    update_info_cls = RefitUpdateInfo
+    supports_draft_weight_update = False
+
+    def __init__(self, config: Any, vllm_config: Any, device: torch.device, model: torch.nn.Module) -> None:
+        super().__init__(config, vllm_config, device, model)
+        self._session: Session | None = None
+        self._staging: Staging | None = None
+        self._update: RefitUpdateInfo | None = None
+        self._committed: Committed | None = None
+        self._version: int | None = None
+        self._broken = ""
+        self._phase, self._reason = "", ""
+
+    def init_transfer_engine(self, init_info: RefitInitInfo) -> None:
+        """Run one action; see RefitInitInfo."""
+        match init_info.action:
+            case "prepare":
+                self._run("prepare", lambda: self._prepare(init_info))
+            case "audit":
+                self._run("audit", lambda: self._audit(init_info.audit))
+
+    def start_weight_update(self) -> None:
+        """Begin a staging beside the live model."""
+        self._run("begin", self._begin)
+
+    def receive_weights(self, update_info: RefitUpdateInfo) -> None:
+        """Bulk into the staging, then misc through vLLM's loader, then this rank's report."""
+        if self._staging is not None:
+            self._run("stage", lambda: self._receive(update_info))
+
+    def finish_weight_update(self) -> None:
+        """Commit or discard, as the coordinator decided. Without a received version: discard."""
+        if self._update is None:
+            self._drop_staging()
+        else:
+            self._run("finish", self._finish)
+
+    def shutdown(self) -> None:
+        """Close groups and store; safe at any time."""
+        self._drop_staging()
+        if self._session is not None:
+            self._session.endpoint.close()
+            self._session.control.close()
+            self._session = None
+
+    def status(self) -> dict[str, Any]:
+        """{"state", "version", "phase", "reason"} of this worker.
+
+        `version` is the last one committed here, None before the first. `phase` is the last call, `reason` why
+        it failed, or "".
+        """
+        state = "broken" if self._broken else "staging" if self._staging is not None else "serving"
+        return {"state": state, "version": self._version, "phase": self._phase, "reason": self._reason}
+
+    def param_spec(self, param: str) -> ParamSpec:
+        """The loader's shape and dtype of a parameter, as traced."""
+        return next(spec for spec in self._require_session().trace.params if spec.name == param)
+
+    def _run(self, phase: str, action: Callable[[], None]) -> None:
+        """Do one step; keep its outcome for `status` and tell a failure to everybody."""
+        self._phase, self._reason = phase, ""
+        try:
+            if self._broken:
+                raise RuntimeError(f"{self._broken}")
+            action()
+        except Exception as error:
+            _log.exception("refit: %s failed", phase)
+            self._reason = str(self._told(phase, error))
+            self._drop_staging()
+
+    def _begin(self) -> None:
+        session = self._require_session()
+        self._drop_staging()
+        self._staging = Staging.begin(self.model, session.trace)
+
+    def _receive(self, update: RefitUpdateInfo) -> None:
+        session, staging = self._require_session(), self._require_staging()
+        report = session.endpoint.move_bulk(staging.params())
+        misc_digests: dict[str, str] = {}
+        if session.endpoint.misc_names:
+            staging.load_misc(_digesting(session.endpoint.receive_misc(), misc_digests))
+        session.endpoint.put_report(update.version, update.attempt, report, misc_digests)
+        self._update = update
+
+    def _finish(self) -> None:
+        session, staging, update = self._require_session(), self._require_staging(), self._update
+        commit, reason = self._decision(session)
+        if not commit:
+            _log.warning("%s discards version %d: %s", session.who, update.version, reason)
+            self._drop_staging()
+            return
+        loaded = observe_staging(self.model, staging)
+        try:
+            report = staging.commit(self.model_config)
+        except Exception as error:
+            self._broken = str(error)
+            raise
+        self._committed = observe_commit(self.model, loaded)
+        self._version = update.version
+        self._staging = self._update = None
+        _log.info("%s serves version %d: %s", session.who, self._version, report)
+
+    def _prepare(self, info: RefitInitInfo) -> None:
+        self.shutdown()
+        host, _, port = info.store.rpartition(":")
+        control = ControlStore.join(host, int(port), info.run_id, info.timeout_s)
+        gen_rank = info.first_gen_rank + get_world_group().rank_in_group
+        try:
+            trace = trace_loader(self.model, read_hf_shapes(self.model_config.model))
+            manifest = trace.manifest(
+                gen_rank=gen_rank, stage=get_pp_group().rank_in_group, replica=info.replica
+            )
+            endpoint = Endpoint.prepare(control, manifest, info.timeout_s)
+        except Exception as error:
+            raise _tell(control, "prepare", f"gen {gen_rank}", error) from error
+        self._session = Session(control, endpoint, trace, gen_rank, info.timeout_s)
+
+    def _audit(self, audit_id: str) -> None:
+        session = self._require_session()
+        report = audit(self.model, session.trace, self._committed)
+        session.control.put(f"audit/{audit_id}/{session.gen_rank}", report.message())
+
+    def _decision(self, session: Session) -> tuple[bool, str]:
+        """(commit, reason). Without a decision in time, or after any failure, the old version stays."""
+        try:
+            decision = session.control.get(f"refit/{self._update.attempt}/decision", session.timeout_s)
+        except RuntimeError as error:
+            return False, str(error)
+        return bool(decision["commit"]), str(decision["reason"])
+
+    def _require_session(self) -> Session:
+        if self._session is None:
+            raise RuntimeError("this worker is not prepared: call init_weight_transfer_engine(prepare) first")
+        return self._session
+
+    def _require_staging(self) -> Staging:
+        if self._staging is None:
+            raise RuntimeError("no refit is open: call start_weight_update first")
+        return self._staging
+
+    def _drop_staging(self) -> None:
+        if self._staging is not None and self._staging.state == "open":
+            self._staging.discard()
+        self._staging = self._update = None
+
+    def _told(self, phase: str, error: Exception) -> Exception:
+        if self._session is None:
+            return error
+        return _tell(self._session.control, phase, self._session.who, error)
+
+
+def _tell(control: ControlStore, phase: str, who: str, error: Exception) -> Exception:
+    """Tell everybody, once, and return what stands: the first failure, which may be another rank's."""
+    if isinstance(error, RefitFailed):
+        return error
+    try:
+        return RefitFailed(control.fail(phase, who, f"{type(error).__name__}: {error}"))
+    except RuntimeError:
+        return error  # the store itself is gone: the local cause is all there is
+
+
+def _digesting(
+    weights: Iterator[tuple[str, torch.Tensor]], digests: dict[str, str]
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """The same tensors, with the digest of each as it was received."""
+    from refit.plan import Region
+    from refit.transfer.digest import digest
+
+    for name, tensor in weights:
+        shape = tuple(tensor.shape)
+        digests[name] = f"{digest(tensor, Region.whole(shape), shape):016x}"
+        yield name, tensor

@@ -1,0 +1,356 @@
+"""One vLLM engine, that is one replica: prompts in, tokens with their logprobs out, refitted in place.
+
+A Generator lives in one process (for instance a Ray actor). With one rank the engine runs in that process; with
+more, vLLM starts one process per rank. vLLM is imported by `build`, never by importing this module.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from refit.plan.errors import ConfigError
+from refit.transfer.errors import Failure, RefitFailed, TransportError
+from refit.transfer.rendezvous import ControlStore
+
+CLOSE_S = 20.0
+_ENVIRONMENT = {
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
+    "HF_HUB_OFFLINE": "1",
+    "OMP_NUM_THREADS": "1",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class GenParallel:
+    """vLLM's layout: ranks = tensor * pipeline; `expert` spreads the experts over the tensor ranks."""
+
+    tensor: int = 1
+    pipeline: int = 1
+    expert: bool = False
+
+    def __post_init__(self) -> None:
+        if min(self.tensor, self.pipeline) < 1:
+            raise ConfigError(f"tensor {self.tensor} and pipeline {self.pipeline} must be at least 1")
+
+    @property
+    def num_ranks(self) -> int:
+        return self.tensor * self.pipeline
+
+
+@dataclass(frozen=True, slots=True)
+class GenOptions:
+    """What an engine is built with. `call_timeout_s` bounds generation; refits carry their own time-out."""
+
+    dtype: str = "bfloat16"
+    seed: int = 0
+    max_model_len: int = 256
+    max_num_seqs: int = 64
+    kv_cache_bytes: int = 64 << 20
+    gpu_memory_utilization: float = 0.9
+    enforce_eager: bool = True
+    prefix_caching: bool = False
+    call_timeout_s: float = 600.0
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One answer. `logprobs` are of the sampled tokens, raw: before any temperature. The end token is included."""
+
+    prompt_index: int
+    tokens: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    weight_version: int
+
+
+class Generator:
+    """Build, use, close; every call has a deadline, and after a missed one the engine's workers are gone."""
+
+    def __init__(
+        self, llm: Any, options: GenOptions, stop_tokens: tuple[int, ...], children: set[Any]
+    ) -> None:
+        self._llm = llm
+        self._options = options
+        self._stop_tokens = stop_tokens
+        self._children = children
+        self._control: ControlStore | None = None
+        self._timeout_s = options.call_timeout_s
+        self._staged: tuple[int, int] | None = None
+        self._failure = ""
+
+    @classmethod
+    def build(
+        cls, model_dir: str | Path, parallel: GenParallel, options: GenOptions, timeout_s: float
+    ) -> Generator:
+        """Start an engine on the HF checkpoint in `model_dir`. It serves version 0.
+
+        Raises ConfigError when the folder is no checkpoint, TransportError when it is not ready in time.
+        """
+        stop_tokens = _stop_tokens(Path(model_dir))
+        for name, value in _ENVIRONMENT.items():
+            os.environ.setdefault(name, value)
+        before = _children()
+        try:
+            with _deadline("building the engine", timeout_s, lambda: _children() - before):
+                llm = _build_llm(str(model_dir), parallel, options)
+                generator = cls(llm, options, stop_tokens, _children() - before)
+                if parallel.pipeline > 1:
+                    llm.collective_rpc("refit_prepare_pipeline", timeout=timeout_s)
+                llm.update_weight_version("0")
+        except BaseException:
+            _end_processes(_children() - before)
+            raise
+        return generator
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        num_samples: int,
+        max_tokens: int,
+        temperature: float,
+        seed: int,
+    ) -> list[Sample]:
+        """`num_samples` answers to each prompt of token ids, in prompt order. Equal seeds give equal answers."""
+        from vllm import SamplingParams
+
+        self._require_whole()
+        sampling = [
+            SamplingParams(
+                n=num_samples,
+                max_tokens=max_tokens,
+                temperature=temperature,
+                seed=None if temperature == 0 else seed + 1_000_003 * index,
+                logprobs=0,
+                detokenize=False,
+                stop_token_ids=list(self._stop_tokens),
+            )
+            for index in range(len(prompts))
+        ]
+        inputs = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
+        with self._bounded("generate", self._options.call_timeout_s):
+            version = self.weight_version()
+            outputs = self._llm.generate(inputs, sampling, use_tqdm=False)
+        return [
+            Sample(index, tuple(answer.token_ids), _logprobs(answer), version)
+            for index, output in enumerate(outputs)
+            for answer in output.outputs
+        ]
+
+    def prepare_refit(self, init_info: dict[str, Any]) -> None:
+        """Let every worker describe itself and join the plan. `init_info` as in engine.RefitInitInfo."""
+        self._timeout_s = float(init_info["timeout_s"])
+        host, _, port = str(init_info["store"]).rpartition(":")
+        if self._control is not None:
+            self._control.close()
+        self._control = ControlStore.join(host, int(port), init_info["run_id"], self._timeout_s)
+        from refit.gen_side.engine import RefitInitInfo
+
+        RefitInitInfo(**init_info)
+        with self._bounded("prepare", self._timeout_s):
+            self._llm.init_weight_transfer_engine({"init_info": dict(init_info)})
+            self._settle("prepare")
+
+    def stage(self, version: int, attempt: int) -> None:
+        """Receive `version` beside the weights that serve. Raises the first failure of the round."""
+        self._require_whole()
+        self._staged = None
+        with self._bounded("stage", self._timeout_s):
+            self._llm.start_weight_update()
+            self._llm.update_weights({"update_info": {"version": version, "attempt": attempt}})
+            try:
+                self._settle("stage")
+            except RefitFailed:
+                self._llm.finish_weight_update()  # no worker commits; the session of the update ends
+                raise
+        self._staged = (version, attempt)
+
+    def finish(self, version: int, attempt: int) -> bool:
+        """Wait for the coordinator's decision and carry it out on every worker. True if `version` serves now.
+
+        After a discard the old version serves, under its own number. Raises TransportError when the workers
+        disagree on what they serve; such an engine serves no more.
+        """
+        self._require_whole()
+        if self._staged != (version, attempt):
+            return False  # its staging failed and was discarded: the old version serves
+        self._staged = None
+        with self._bounded("finish", 2 * self._timeout_s):
+            commit = self._decision(attempt)
+            if commit:
+                self._llm.finish_weight_update(weight_version=str(version))
+            else:
+                self._llm.finish_weight_update()
+            self._require_one_version(version if commit else None)
+            if commit and self._options.prefix_caching:
+                self._llm.reset_prefix_cache()
+        return commit
+
+    def audit(self, audit_id: str) -> None:
+        """Every worker puts audit/<audit_id>/<gen_rank>: digests per tensor and a hash per live parameter."""
+        with self._bounded("audit", self._timeout_s):
+            self._llm.init_weight_transfer_engine({"init_info": {"action": "audit", "audit": audit_id}})
+            self._settle("audit")
+
+    def flip_element(self, param: str, index: int) -> int:
+        """Fault injection for validation runs: flip a bit of one live element. Returns how many workers had it."""
+        with self._bounded("flip_element", self._timeout_s):
+            found = self._llm.collective_rpc(
+                "refit_flip_element", timeout=self._timeout_s, args=(param, index)
+            )
+        return sum(found)
+
+    def weight_version(self) -> int:
+        """The version that the engine stamps; 0 is what was loaded from disk."""
+        return int(self._llm.get_weight_version())
+
+    def close(self) -> None:
+        """Stop the engine and every process it started. Safe to call twice, and after a failure."""
+        llm, self._llm = self._llm, None
+        if self._control is not None:
+            self._control.close()
+            self._control = None
+        if llm is not None:
+            with _deadline("closing", CLOSE_S, lambda: self._children), contextlib.suppress(Exception):
+                llm.llm_engine.engine_core.shutdown()
+        _end_processes(self._children)
+
+    def _decision(self, attempt: int) -> bool:
+        """The coordinator's decision; no decision in time, or a failure, means discard."""
+        if self._control is None:
+            raise TransportError("this engine is not prepared for refits: call prepare_refit first")
+        try:
+            decision = self._control.get(f"refit/{attempt}/decision", self._timeout_s)
+        except RuntimeError:
+            return False
+        return bool(decision["commit"])
+
+    def _settle(self, phase: str) -> list[dict[str, Any]]:
+        """Every worker's state after a step. Raises RefitFailed with the cause when one worker failed in it."""
+        states = self._llm.collective_rpc("refit_status", timeout=self._timeout_s)
+        reasons = [f"worker {rank}: {s['reason']}" for rank, s in enumerate(states) if s["reason"]]
+        if reasons:
+            if self._control is not None:
+                self._control.raise_if_failed()
+            raise RefitFailed(Failure(phase, "generator", "; ".join(reasons)))
+        return states
+
+    def _require_one_version(self, version: int | None) -> None:
+        """All workers serve one version, and it is `version` if that is given; else this engine is broken."""
+        try:
+            found = {state["version"] for state in self._settle("finish")}
+        except RefitFailed as error:
+            self._failure = str(error)
+            raise
+        if len(found) != 1 or (version is not None and found != {version}):
+            self._failure = f"its workers serve versions {sorted(map(str, found))}, {version} was decided"
+            raise TransportError(f"{self._failure}; restart this engine")
+
+    def _require_whole(self) -> None:
+        if self._failure:
+            raise TransportError(f"this engine must not serve: {self._failure}; restart it")
+
+    @contextlib.contextmanager
+    def _bounded(self, what: str, timeout_s: float) -> Iterator[None]:
+        """Waits inside end by themselves in time; should a worker be stopped or stuck, it is ended a bit later."""
+        with _deadline(what, timeout_s + CLOSE_S, lambda: self._children):
+            yield
+
+
+def _build_llm(model_dir: str, parallel: GenParallel, options: GenOptions) -> Any:
+    from vllm import LLM
+    from vllm.config import WeightTransferConfig
+
+    return LLM(
+        model_dir,
+        tensor_parallel_size=parallel.tensor,
+        pipeline_parallel_size=parallel.pipeline,
+        enable_expert_parallel=parallel.expert,
+        distributed_executor_backend="mp" if parallel.num_ranks > 1 else "uni",
+        dtype=options.dtype,
+        seed=options.seed,
+        max_model_len=options.max_model_len,
+        max_num_seqs=options.max_num_seqs,
+        kv_cache_memory_bytes=options.kv_cache_bytes,
+        gpu_memory_utilization=options.gpu_memory_utilization,
+        enforce_eager=options.enforce_eager,
+        enable_prefix_caching=options.prefix_caching,
+        skip_tokenizer_init=True,
+        disable_log_stats=True,
+        logprobs_mode="raw_logprobs",
+        weight_transfer_config=WeightTransferConfig(backend="refit"),
+        worker_extension_cls="refit.gen_side.worker.RefitWorker",
+    )
+
+
+def _stop_tokens(model_dir: Path) -> tuple[int, ...]:
+    """The end tokens of the checkpoint: without a tokenizer vLLM does not look them up."""
+    config = model_dir / "config.json"
+    if not config.is_file():
+        raise ConfigError(f"{model_dir} holds no config.json: give the folder of an HF checkpoint")
+    end = json.loads(config.read_text()).get("eos_token_id")  # absent means that the model names no end token
+    if end is None:
+        return ()
+    return tuple(end) if isinstance(end, list) else (int(end),)
+
+
+def _logprobs(answer: Any) -> tuple[float, ...]:
+    return tuple(
+        float(entry[token].logprob) for token, entry in zip(answer.token_ids, answer.logprobs, strict=True)
+    )
+
+
+def _children() -> set[Any]:
+    """All processes below this one, as psutil knows them: a process id that is used again is another one."""
+    import psutil
+
+    return set(psutil.Process().children(recursive=True))
+
+
+@contextlib.contextmanager
+def _deadline(what: str, timeout_s: float, processes: Callable[[], set[Any]]) -> Iterator[None]:
+    """End the engine's processes after `timeout_s`, which frees a call that waits for one of them."""
+    expired = threading.Event()
+
+    def expire() -> None:
+        expired.set()
+        _end_processes(processes(), grace_s=0.0)
+
+    timer = threading.Timer(timeout_s, expire)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    except BaseException as error:
+        if expired.is_set():
+            raise TransportError(
+                f"{what} took longer than {timeout_s:.0f} s; the engine was ended"
+            ) from error
+        raise
+    finally:
+        timer.cancel()
+
+
+def _end_processes(processes: set[Any], grace_s: float = 2.0) -> None:
+    """End exactly these processes: politely, then at once after `grace_s`."""
+    import psutil
+
+    left = list(processes)
+    if grace_s:
+        for process in left:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.terminate()
+        _, left = psutil.wait_procs(left, timeout=grace_s)
+    for process in left:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(left, timeout=5.0)

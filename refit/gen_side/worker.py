@@ -1,0 +1,64 @@
+"""What every vLLM worker can be asked beside vLLM's own calls, through `worker_extension_cls` (vLLM 0.31)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+
+class RefitWorker:
+    """Mixed into vLLM's worker class by vLLM itself; reached with `collective_rpc("refit_...")`."""
+
+    def refit_status(self) -> dict[str, Any]:
+        """{"state": "serving" | "staging" | "failed", "version": int | None, "reason": str} of this worker."""
+        return self.weight_transfer_engine.status()
+
+    def refit_prepare_pipeline(self) -> None:
+        """The one workaround for PP > 1 on the CPU: vLLM makes this buffer in a dummy run that eager mode skips.
+
+        Later stages receive activations into it; without it their first step asserts. Elsewhere this is a
+        no-op, since the buffer exists.
+        """
+        from vllm.distributed import get_pp_group
+
+        runner = self.model_runner
+        if get_pp_group().is_first_rank or runner.intermediate_tensors is not None:
+            return
+        runner.intermediate_tensors = runner.model.make_empty_intermediate_tensors(
+            batch_size=runner.max_num_tokens, dtype=runner.model_config.dtype, device=runner.device
+        )
+
+    def refit_flip_element(self, param: str, index: int) -> bool:
+        """Fault injection for validation: flip one bit of one live element. False if this worker lacks it.
+
+        A weight that the kernel keeps packed is flipped by packing a flipped copy, through vLLM's own processing.
+        """
+        from refit.gen_side.readback import packed_modules, read_packed
+
+        model = self.model_runner.get_model()
+        modules = dict(model.named_modules())
+        packed = dict(packed_modules(model))
+        module = modules.get(param.rpartition(".")[0])
+        name = param.rpartition(".")[2]
+        if module is None or name not in {**module._parameters, **module._buffers}:
+            return False
+        live = module._parameters.get(name, module._buffers.get(name))
+        if live.numel():
+            _flip(live.data, index)
+        elif param in packed:
+            spec = self.weight_transfer_engine.param_spec(param)
+            weight = read_packed(module, spec.shape, getattr(torch, spec.dtype))
+            _flip(weight, index)
+            module.weight = torch.nn.Parameter(weight, requires_grad=False)
+            module.quant_method.process_weights_after_loading(module)
+        else:
+            return False
+        return True
+
+
+def _flip(tensor: torch.Tensor, index: int) -> None:
+    """Flip the lowest bit of the element's highest byte but the sign and exponent: a small, finite change."""
+    bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[tensor.element_size()]
+    flat = tensor.view(bits).view(-1)
+    flat[index] = flat[index] ^ 1
