@@ -9,6 +9,7 @@ The classes are ordinary ones; `refit.service.cluster` turns them into Ray actor
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import os
 import socket
@@ -19,6 +20,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from refit.plan import decode_manifest
+from refit.service.oracle import Shares, digesting, digests_of, shares_of
 from refit.train_side.batch import TrainBatch
 from refit.train_side.options import TrainOptions, TrainParallel
 from refit.transfer.errors import Failure, RefitFailed
@@ -50,8 +53,6 @@ class _Actor:
     """What both actors share: a name for messages, a log file, and failures that say who and where."""
 
     def __init__(self, who: str, log_path: str) -> None:
-        os.environ.setdefault("HF_HUB_OFFLINE", "1")
-        os.environ["OMP_NUM_THREADS"] = "1"
         write_output_to(log_path)
         self._who = who
         self._log_path = log_path
@@ -77,7 +78,9 @@ class _Actor:
         except Exception as error:
             traceback.print_exc()
             sys.stderr.flush()
-            failure = Failure(phase, self._who, f"{type(error).__name__}: {error} (in full: {self._log_path})")
+            failure = Failure(
+                phase, self._who, f"{type(error).__name__}: {error} (in full: {self._log_path})"
+            )
             if self._control is not None:
                 with contextlib.suppress(Exception):  # the store may be what failed; the cause still counts
                     failure = self._control.fail(phase, self._who, failure.message)
@@ -92,6 +95,7 @@ class TrainActor(_Actor):
         self._train_rank = train_rank
         self._policy: Any = None
         self._endpoint: Any = None
+        self._shares: Shares = {}
 
     def meeting_point(self) -> str:
         """An "address:port" on this node where the trainers' own process group may meet; asked of rank 0."""
@@ -127,6 +131,7 @@ class TrainActor(_Actor):
             address, _, port = store_address.rpartition(":")
             self._control = ControlStore.join(address, int(port), run_id)
             self._endpoint = Endpoint.prepare(self._control, self._policy.describe(), timeout_s)
+            self._shares = shares_of(decode_manifest(self._control.get("prepare/inputs", timeout_s)["gen"]))
             return {
                 "rank": self._endpoint.rank,
                 "digest": self._endpoint.plan.digest,
@@ -134,10 +139,30 @@ class TrainActor(_Actor):
                 "seconds": time.monotonic() - started_s,
             }
 
-    def refit(self, version: int, attempt: int) -> dict[str, Any]:
+    def refit(self, version: int, attempt: int) -> None:
         """Send this rank's share of `version`: bulk by stages, then misc; then put the report of the round."""
         with self._doing("refit"):
-            raise NotImplementedError
+            report = self._endpoint.move_bulk(self._policy.params())
+            digests: dict[str, str] = {}
+            if self._endpoint.misc_names:
+                exported = digesting(self._policy.export(self._endpoint.misc_names), digests)
+                if self._train_rank == 0:
+                    self._endpoint.send_misc(exported)
+                else:
+                    collections.deque(exported, maxlen=0)  # the export gathers over all trainers
+            self._endpoint.put_report(version, attempt, report, digests)
+
+    def verify_digests(self) -> dict[str, dict[str, str]]:
+        """{tensor: {joint rank: hex digest}} of what every generator should hold now; {} but from train rank 0.
+
+        Computed from Bridge's own full export, so that an audit checks the whole path and not the plan against itself.
+        """
+        with self._doing("verify"):
+            exported = self._policy.export(None)
+            if self._train_rank != 0:
+                collections.deque(exported, maxlen=0)  # the export gathers over all trainers
+                return {}
+            return digests_of(exported, self._shares, self._endpoint.plan.num_train)
 
     def logprobs(self, batch: TrainBatch) -> list[list[float]] | None:
         """Per response token, by the current policy at temperature 1; from train rank 0, None from the others."""

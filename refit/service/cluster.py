@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import psutil
+import psutil  # type: ignore[import-untyped]
 import ray
 
 from refit.service.actors import GenActor, TrainActor
@@ -26,7 +26,9 @@ from refit.train_side.options import TrainOptions, TrainParallel
 OBJECT_STORE_BYTES = 256 * 2**20
 START_TIMEOUT_S = 300.0
 LEAVE_S = 10.0
-QUIET = {
+ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",
+    "HF_HUB_OFFLINE": "1",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_DEDUP_LOGS": "1",
@@ -48,7 +50,7 @@ class Cluster:
     @classmethod
     def open(cls, config: JobConfig, log_folder: Path) -> Cluster:
         """Start a local Ray, or connect to `cluster.address`, and create all actors (cheap; they are not built)."""
-        for name, value in QUIET.items():
+        for name, value in ENVIRONMENT.items():
             os.environ.setdefault(name, value)
         cluster = cls(config, log_folder)
         try:
@@ -78,9 +80,7 @@ class Cluster:
 
     def build(self, model_dir: str, timeout_s: float, on_tick: Waiting | None = None) -> dict[str, float]:
         """Build policy and engines at the same time. Returns the seconds each actor took, by name."""
-        meeting = collect(
-            {"train rank 0": self.trainers[0].meeting_point.remote()}, "build", START_TIMEOUT_S
-        )
+        meeting = collect({"train rank 0": self.trainers[0].meeting_point.remote()}, "build", START_TIMEOUT_S)
         parallel, options = train_parallel(self._config), train_options(self._config)
         pending = {
             f"train rank {rank}": actor.build.remote(
@@ -146,7 +146,12 @@ def end_processes(processes: list[psutil.Process], patience_s: float) -> None:
 
 def _init_ray(config: JobConfig) -> None:
     if config.cluster.address is not None:
-        ray.init(address=config.cluster.address, log_to_driver=False, logging_level=logging.ERROR)
+        ray.init(
+            address=config.cluster.address,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            runtime_env={"env_vars": ENVIRONMENT},  # a local Ray inherits them
+        )
         return
     ray.init(
         address="local",

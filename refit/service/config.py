@@ -66,8 +66,8 @@ class GenerationConfig:
 class ClusterConfig:
     """Where the actors run. `address` None: a Ray of our own on loopback, gone when the job ends.
 
-    `port` is the control store's, 0 for any free one; `num_cpus` 0 lets Ray count. `min_free_memory_bytes` is asked
-    for on top of nothing: the larger of it and the gate's own estimate must be free.
+    `port` is the control store's, 0 for any free one; `num_cpus` 0 lets Ray count. `min_free_memory_bytes` is a
+    floor: the larger of it and the gate's own estimate must be free.
     """
 
     address: str | None = None
@@ -78,7 +78,7 @@ class ClusterConfig:
 
 @dataclass(frozen=True, slots=True)
 class RefitConfig:
-    """How weights travel. `timeout_s` bounds every wait; `verify_every` n audits the engines each n steps (0: never)."""
+    """How weights travel. `timeout_s` bounds every wait; engines are audited every `verify_every` steps (0: never)."""
 
     backend: str = "gloo"
     bulk: str = "p2p"

@@ -29,7 +29,8 @@ def collect(
     still awaited, several times a second.
     """
     who_of = {reference: who for who, reference in pending.items()}
-    waiting, results, failures = list(who_of), {}, []
+    waiting, results = list(who_of), dict[str, Any]()
+    failures: list[tuple[bool, Failure]] = []
     deadline_s, started_s = time.monotonic() + timeout_s, time.monotonic()
     while waiting and time.monotonic() < deadline_s:
         if on_tick is not None:

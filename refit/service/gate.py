@@ -1,0 +1,62 @@
+"""The one gate: every setting that cannot work is refused here, all at once, before any actor starts.
+
+Each entry point calls `check`. The rules are in `refit.service.gate_rules`.
+"""
+
+from __future__ import annotations
+
+import json
+import socket
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from refit.plan.errors import ConfigError
+from refit.service.config import JobConfig
+from refit.service.gate_model import read_facts
+from refit.service.gate_rules import RULES, Case, Environment, sizes
+from refit.train_side.tiny_models import TINY_MODELS
+
+
+def check(config: JobConfig, model_config: Mapping[str, Any] | None, environment: Environment) -> None:
+    """Raise ConfigError listing every violation; return if the job can start.
+
+    `model_config` is what `read_model_config` found; None stands for a folder without a readable config.
+    """
+    case = Case(config, None if model_config is None else read_facts(model_config), environment)
+    found = list(sizes(case)) or [violation for rule in RULES for violation in rule(case)]
+    if found:
+        lines = "".join(f"\n  - {violation}" for violation in found)
+        word = "setting" if len(found) == 1 else "settings"
+        raise ConfigError(f"{len(found)} {word} cannot work; nothing was started{lines}")
+
+
+def read_model_config(model: str) -> dict[str, Any] | None:
+    """The HF config of a tiny model by name, or of a folder; None if there is no readable config.json."""
+    if model in TINY_MODELS:
+        return dict(TINY_MODELS[model]({}).to_dict())
+    try:
+        found = json.loads((Path(model) / "config.json").read_text())
+    except (OSError, ValueError):
+        return None
+    return dict(found) if isinstance(found, dict) else None
+
+
+def inspect_machine(config: JobConfig) -> Environment:
+    """Ask this machine: free memory, CUDA devices, and whether the configured port can be bound."""
+    import psutil  # type: ignore[import-untyped]
+    import torch
+
+    port = config.cluster.port
+    taken = (port,) if 0 < port < 2**16 and not _can_bind(port) else ()
+    return Environment(int(psutil.virtual_memory().available), torch.cuda.device_count(), taken)
+
+
+def _can_bind(port: int) -> bool:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+    return True

@@ -1,0 +1,361 @@
+"""The rules of the gate: each looks at a `Case` and yields what cannot work: key, value, reason, way out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from refit.service.config import JobConfig
+from refit.service.gate_model import ModelFacts
+from refit.service.grpo.tasks import TASKS
+from refit.service.memory import needed_bytes
+from refit.train_side.tiny_models import TINY_MODELS
+
+PRECISIONS = ("bf16", "fp32")
+BACKENDS = ("gloo", "nccl")
+BULKS = ("p2p", "golden")
+CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
+MIN_BUFFER_BYTES = 2**16
+MAX_STREAMS = 32
+GIB = 2**30
+
+
+@dataclass(frozen=True, slots=True)
+class Environment:
+    """What this machine offers; see `refit.service.gate.inspect_machine`."""
+
+    available_memory_bytes: int
+    num_cuda_devices: int
+    taken_ports: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Violation:
+    """A key, its value, why that cannot work, and what to do."""
+
+    key: str
+    value: object
+    problem: str
+    remedy: str
+
+    def __str__(self) -> str:
+        return f"{self.key} = {self.value!r}: {self.problem}. {self.remedy}"
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """What the rules look at. `model` is None when the folder holds no readable model."""
+
+    config: JobConfig
+    model: ModelFacts | None
+    environment: Environment
+
+    @property
+    def on_cpu(self) -> bool:
+        return self.environment.num_cuda_devices == 0
+
+
+type Rule = Callable[[Case], Iterator[Violation]]
+
+
+def sizes(case: Case) -> Iterator[Violation]:
+    """Counts are positive and numbers lie in their ranges."""
+    config = case.config
+    at_least_one = {
+        "policy": (
+            "tensor_parallel",
+            "pipeline_parallel",
+            "expert_parallel",
+            "data_parallel",
+            "num_microbatches",
+        ),
+        "generation": (
+            "tensor_parallel",
+            "pipeline_parallel",
+            "expert_parallel",
+            "replicas",
+            "max_model_len",
+            "max_new_tokens",
+        ),
+        "grpo": ("steps", "prompts_per_step"),
+    }
+    for section, names in at_least_one.items():
+        for name in names:
+            yield from _within(f"{section}.{name}", getattr(getattr(config, section), name), 1, None)
+    for key, value in (
+        ("policy.seed", config.policy.seed),
+        ("policy.kl_coef", config.policy.kl_coef),
+        ("cluster.num_cpus", config.cluster.num_cpus),
+        ("cluster.min_free_memory_bytes", config.cluster.min_free_memory_bytes),
+        ("refit.verify_every", config.refit.verify_every),
+        ("grpo.task_seed", config.grpo.task_seed),
+    ):
+        yield from _within(key, value, 0, None)
+    yield from _within("cluster.port", config.cluster.port, 0, 2**16 - 1)
+    yield from _within("refit.buffer_bytes", config.refit.buffer_bytes, MIN_BUFFER_BYTES, None)
+    yield from _within("refit.num_streams", config.refit.num_streams, 1, MAX_STREAMS)
+    yield from _within("refit.timeout_s", config.refit.timeout_s, 1.0, None)
+    yield from _within("policy.lr", config.policy.lr, 0.0, 1.0)
+    if not 0.0 < config.policy.clip_ratio < 1.0:
+        yield Violation(
+            "policy.clip_ratio", config.policy.clip_ratio, "it must lie between 0 and 1", "0.2 is usual"
+        )
+
+
+def names(case: Case) -> Iterator[Violation]:
+    """Words are among the known ones."""
+    config = case.config
+    for key, value, known in (
+        ("policy.precision", config.policy.precision, PRECISIONS),
+        ("generation.precision", config.generation.precision, PRECISIONS),
+        ("refit.backend", config.refit.backend, BACKENDS),
+        ("refit.bulk", config.refit.bulk, BULKS),
+        ("grpo.task", config.grpo.task, tuple(TASKS)),
+    ):
+        if value not in known:
+            yield Violation(key, value, "it is not supported", f"Use one of {', '.join(known)}")
+
+
+def model_folder(case: Case) -> Iterator[Violation]:
+    """The model is a tiny one by name, or a folder with a config and weights."""
+    model = case.config.policy.model
+    if model in TINY_MODELS:
+        return
+    folder = Path(model)
+    remedy = f"Give the folder of an HF checkpoint, or one of {', '.join(TINY_MODELS)}"
+    if not folder.is_dir():
+        yield Violation("policy.model", model, "there is no such folder", remedy)
+    elif case.model is None:
+        yield Violation(
+            "policy.model",
+            model,
+            "its config.json is missing, is not JSON, or lacks the sizes of a decoder model",
+            remedy,
+        )
+    elif not any(folder.glob("*.safetensors")):
+        yield Violation("policy.model", model, "it holds no .safetensors file", remedy)
+
+
+def grpo(case: Case) -> Iterator[Violation]:
+    """Groups can be compared, and samples suffice for all trainers and engines."""
+    config = case.config
+    group, num_prompts = config.grpo.samples_per_prompt, config.grpo.prompts_per_step
+    if group < 2:
+        yield Violation(
+            "grpo.samples_per_prompt",
+            group,
+            "an advantage is relative to other answers to the same prompt",
+            "Use at least 2",
+        )
+    if num_prompts < config.generation.replicas:
+        yield Violation(
+            "generation.replicas",
+            config.generation.replicas,
+            f"{num_prompts} prompts per step leave an engine without work",
+            f"Raise grpo.prompts_per_step to {config.generation.replicas}, or start fewer engines",
+        )
+    shares = config.policy.data_parallel * config.policy.num_microbatches
+    if group >= 2 and group * num_prompts < shares:
+        yield Violation(
+            "policy.num_microbatches",
+            config.policy.num_microbatches,
+            f"{group * num_prompts} samples a step cannot fill {shares} microbatches over all data parallel ranks",
+            "Lower it, or sample more",
+        )
+
+
+def generation(case: Case) -> Iterator[Violation]:
+    """What the engines are asked to sample."""
+    settings = case.config.generation
+    if settings.temperature != 1.0:
+        yield Violation(
+            "generation.temperature",
+            settings.temperature,
+            "the loss differentiates the policy at temperature 1, so samples must come from it",
+            "Use 1.0",
+        )
+    if settings.max_new_tokens >= settings.max_model_len:
+        yield Violation(
+            "generation.max_new_tokens",
+            settings.max_new_tokens,
+            f"generation.max_model_len {settings.max_model_len} leaves no room for a prompt",
+            "Lower it, or raise generation.max_model_len",
+        )
+    if settings.pipeline_parallel > 1 and case.on_cpu:
+        yield Violation(
+            "generation.pipeline_parallel",
+            settings.pipeline_parallel,
+            "pipeline-parallel generators are not validated on a machine without CUDA",
+            "Use 1; pipeline-parallel trainers are fine",
+        )
+
+
+def heads(case: Case) -> Iterator[Violation]:
+    """Tensor parallelism cuts attention heads, KV heads and MLP rows evenly on both sides."""
+    if case.model is None:
+        return
+    model = case.model
+    sides = (
+        ("policy", case.config.policy.tensor_parallel),
+        ("generation", case.config.generation.tensor_parallel),
+    )
+    for section, tp in sides:
+        key = f"{section}.tensor_parallel"
+        if model.num_heads % tp:
+            remedy = f"Use a divisor of {model.num_heads}"
+            yield Violation(
+                key, tp, f"it does not divide the {model.num_heads} attention heads of the model", remedy
+            )
+        if model.num_kv_heads % tp and tp % model.num_kv_heads:
+            problem = (
+                f"it neither divides nor is a multiple of the {model.num_kv_heads} KV heads of the model"
+            )
+            yield Violation(key, tp, problem, f"Use a divisor or a multiple of {model.num_kv_heads}")
+        for what, width in model.mlp_widths:
+            if width % tp:
+                yield Violation(
+                    key, tp, f"it does not divide the {what} of {width}", f"Use a divisor of {width}"
+                )
+    if case.on_cpu and model.head_size not in CPU_HEAD_SIZES:
+        problem = f"its head size {model.head_size} has no attention kernel in vLLM on a CPU"
+        sizes_ = ", ".join(map(str, CPU_HEAD_SIZES))
+        yield Violation(
+            "policy.model", case.config.policy.model, problem, f"Use a model with one of {sizes_}"
+        )
+
+
+def layers(case: Case) -> Iterator[Violation]:
+    """Pipeline stages get whole layers, as many each."""
+    if case.model is None:
+        return
+    num_layers = case.model.num_layers
+    pp = case.config.policy.pipeline_parallel
+    if pp > num_layers:
+        yield Violation(
+            "policy.pipeline_parallel",
+            pp,
+            f"the model has {num_layers} layers, some stages would be empty",
+            f"Use at most {num_layers}",
+        )
+    elif num_layers % pp:
+        yield Violation(
+            "policy.pipeline_parallel",
+            pp,
+            f"it does not divide the {num_layers} layers of the model",
+            f"Use a divisor of {num_layers}",
+        )
+
+
+def model_form(case: Case) -> Iterator[Violation]:
+    """The checkpoint is of a family and a form that both sides are known to hold."""
+    if case.model is None:
+        return
+    model, name = case.model, case.config.policy.model
+    for problem, remedy in model.problems:
+        yield Violation("policy.model", name, problem, remedy)
+    wanted = case.config.generation.max_model_len
+    if model.max_positions is not None and wanted > model.max_positions:
+        yield Violation(
+            "generation.max_model_len",
+            wanted,
+            f"the model has {model.max_positions} positions",
+            f"Use at most {model.max_positions}",
+        )
+
+
+def experts(case: Case) -> Iterator[Violation]:
+    """Expert parallelism needs experts, even cuts and ranks to reuse; some of it does not run here."""
+    if case.model is None:
+        return
+    policy, settings, num_experts = case.config.policy, case.config.generation, case.model.num_experts
+    for section, ep in (("policy", policy.expert_parallel), ("generation", settings.expert_parallel)):
+        key = f"{section}.expert_parallel"
+        if ep > 1 and num_experts == 0:
+            yield Violation(key, ep, "the model has no experts", "Use 1")
+        elif ep > 1 and num_experts % ep:
+            yield Violation(
+                key, ep, f"it does not divide the {num_experts} experts", f"Use a divisor of {num_experts}"
+            )
+    ranks = policy.tensor_parallel * policy.data_parallel
+    if ranks % policy.expert_parallel:
+        yield Violation(
+            "policy.expert_parallel",
+            policy.expert_parallel,
+            f"experts are cut over the {ranks} ranks of tensor times data parallelism, which it does not divide",
+            f"Set policy.data_parallel so that the product is a multiple of {policy.expert_parallel}",
+        )
+    if num_experts and policy.tensor_parallel > 1:
+        yield Violation(
+            "policy.tensor_parallel",
+            policy.tensor_parallel,
+            "Megatron trains experts under tensor parallelism only with sequence parallelism, which is off here",
+            "Use policy.tensor_parallel=1 with expert, pipeline or data parallelism",
+        )
+    yield from _generator_experts(case)
+
+
+def _generator_experts(case: Case) -> Iterator[Violation]:
+    settings = case.config.generation
+    ep = settings.expert_parallel
+    if ep > 1 and case.on_cpu:
+        problem = "vLLM's expert kernel for CPUs ignores the expert map and crashes"
+        yield Violation("generation.expert_parallel", ep, problem, "Use 1 with generation.tensor_parallel")
+    elif ep > 1 and ep != settings.tensor_parallel:
+        problem = f"vLLM spreads experts over all of its {settings.tensor_parallel} tensor-parallel ranks"
+        yield Violation("generation.expert_parallel", ep, problem, "Make both equal")
+
+
+def machine(case: Case) -> Iterator[Violation]:
+    """Ports, devices and memory of this machine. Devices and memory of an existing cluster are Ray's to judge."""
+    cluster, backend = case.config.cluster, case.config.refit.backend
+    if cluster.port in case.environment.taken_ports:
+        remedy = "Choose another, or 0 for any free one"
+        yield Violation("cluster.port", cluster.port, "another process listens on it", remedy)
+    if cluster.address is not None:
+        return
+    needed_devices = case.config.policy.world_size + case.config.generation.world_size
+    num_devices = case.environment.num_cuda_devices
+    if backend == "nccl" and num_devices < needed_devices:
+        problem = f"{needed_devices} ranks need a CUDA device each, this machine has {num_devices}"
+        yield Violation(
+            "refit.backend", backend, problem, "Use gloo, fewer ranks, or cluster.address of a cluster"
+        )
+    yield from _memory(case)
+
+
+def _memory(case: Case) -> Iterator[Violation]:
+    num_params = 0 if case.model is None else case.model.num_params
+    estimate = needed_bytes(case.config, num_params)
+    asked = case.config.cluster.min_free_memory_bytes
+    available = case.environment.available_memory_bytes
+    if available >= max(estimate, asked):
+        return
+    source = "is asked for" if asked > estimate else "is the estimate for this job"
+    yield Violation(
+        "cluster.min_free_memory_bytes",
+        asked,
+        f"{available / GIB:.1f} GiB of memory are free, {max(asked, estimate) / GIB:.1f} GiB {source}",
+        "Free memory, start fewer ranks or engines, or take a larger machine",
+    )
+
+
+def _within(key: str, value: float, low: float, high: float | None) -> Iterator[Violation]:
+    if not value >= low:  # a NaN is refused too
+        yield Violation(key, value, f"it must be at least {low}", f"Use {low} or more")
+    elif high is not None and value > high:
+        yield Violation(key, value, f"it must be at most {high}", f"Use {high} or less")
+
+
+RULES: tuple[Rule, ...] = (
+    names,
+    model_folder,
+    model_form,
+    heads,
+    layers,
+    experts,
+    generation,
+    grpo,
+    machine,
+)
+"""All rules but `sizes`, which holds before any of them may divide."""

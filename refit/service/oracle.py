@@ -1,0 +1,91 @@
+"""What every generator rank should hold, from full tensors: independent of plan, routes and trainers' holdings.
+
+The trainers export by Bridge's own gathers; each generator rank's share is cut out by its manifest and digested in the
+dtype that the engine stores. Comparing this with an audit checks the whole refit path, lowering included.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import torch
+
+from refit.plan import Manifest, Region, TensorSpec
+from refit.plan.naming import canonical
+from refit.transfer.digest import MASK, digest
+
+type Shares = dict[str, tuple[TensorSpec, dict[int, tuple[Region, ...]]]]
+"""Tensor -> its spec on the generators, and by gen rank disjoint regions that cover what the rank holds."""
+
+
+def shares_of(gen: Manifest) -> Shares:
+    """Every tensor and who holds which part of it; an element that a rank holds twice counts once."""
+    shares: Shares = {}
+    for rank in gen.ranks:
+        specs = {spec.name: spec for spec in rank.tensors}
+        for holding in rank.holdings:
+            _, by_rank = shares.setdefault(holding.tensor, (specs[holding.tensor], {}))
+            by_rank[rank.rank] = _joined(by_rank.get(rank.rank, ()), holding.region)
+    return shares
+
+
+def digests_of(
+    exported: Iterable[tuple[str, torch.Tensor]], shares: Shares, first_gen_rank: int
+) -> dict[str, dict[str, str]]:
+    """{tensor: {joint rank: hex digest}} for every generator rank that holds a part of an exported tensor.
+
+    `exported` gives full HF tensors by name; experts come one by one and add up to their stacked tensor.
+    """
+    sums: dict[str, dict[int, int]] = {}
+    for name, tensor in exported:
+        canonical_name, expert = canonical(name)
+        if canonical_name not in shares:
+            continue  # no generator holds it, for example an lm_head that is tied
+        spec, by_rank = shares[canonical_name]
+        wire = tensor.detach().to(getattr(torch, spec.dtype))
+        for gen_rank, regions in by_rank.items():
+            parts = sums.setdefault(canonical_name, {})
+            total = sum(_part(wire, region, expert, spec) for region in regions)
+            parts[gen_rank] = (parts.get(gen_rank, 0) + total) & MASK
+    return {
+        name: {str(first_gen_rank + gen_rank): f"{total:016x}" for gen_rank, total in parts.items()}
+        for name, parts in sums.items()
+    }
+
+
+def digesting(
+    exported: Iterable[tuple[str, torch.Tensor]], digests: dict[str, str]
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """The same tensors; the hex digest of each goes into `digests` as it passes."""
+    for name, tensor in exported:
+        shape = tuple(tensor.shape)
+        digests[name] = f"{digest(tensor, Region.whole(shape), shape):016x}"
+        yield name, tensor
+
+
+def _part(tensor: torch.Tensor, region: Region, expert: int | None, spec: TensorSpec) -> int:
+    """The digest of what a full tensor, or one expert of a stacked one, has inside `region`."""
+    if expert is None:
+        return digest(tensor[_slices(region)], region, spec.shape)
+    whole = Region((expert, *(0 for _ in tensor.shape)), (expert + 1, *tensor.shape))
+    inside = region.intersect(whole)
+    if inside is None:
+        return 0
+    local = Region((0, *inside.starts[1:]), (1, *inside.stops[1:]))
+    return digest(tensor.unsqueeze(0)[_slices(local)], inside, spec.shape)
+
+
+def _slices(region: Region) -> tuple[slice, ...]:
+    return tuple(slice(start, stop) for start, stop in zip(region.starts, region.stops, strict=True))
+
+
+def _joined(regions: tuple[Region, ...], new: Region) -> tuple[Region, ...]:
+    """Add what of `new` is not covered yet."""
+    return (*regions, *_without(new, regions))
+
+
+def _without(region: Region, covered: tuple[Region, ...]) -> Iterator[Region]:
+    rest: tuple[Region, ...] = (region,)
+    for other in covered:
+        rest = tuple(part for piece in rest for part in piece.subtract(other))
+    yield from rest
