@@ -20,8 +20,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from refit.plan import decode_manifest
-from refit.service.oracle import Shares, digesting, digests_of, shares_of
+from refit.service.oracle import Shares, digests_of, shares_of
 from refit.train_side.batch import TrainBatch
 from refit.train_side.options import TrainOptions, TrainParallel
 from refit.transfer.errors import Failure, RefitFailed
@@ -126,12 +125,13 @@ class TrainActor(_Actor):
         started_s = time.monotonic()
         with self._doing("prepare"):
             from refit.transfer.endpoint import Endpoint
+            from refit.transfer.protocol import INPUTS, Inputs
             from refit.transfer.rendezvous import ControlStore
 
             address, _, port = store_address.rpartition(":")
             self._control = ControlStore.join(address, int(port), run_id)
             self._endpoint = Endpoint.prepare(self._control, self._policy.describe(), timeout_s)
-            self._shares = shares_of(decode_manifest(self._control.get("prepare/inputs", timeout_s)["gen"]))
+            self._shares = shares_of(Inputs.of_message(self._control.get(INPUTS, timeout_s)).gen)
             return {
                 "rank": self._endpoint.rank,
                 "digest": self._endpoint.plan.digest,
@@ -142,15 +142,15 @@ class TrainActor(_Actor):
     def refit(self, version: int, attempt: int) -> None:
         """Send this rank's share of `version`: bulk by stages, then misc; then put the report of the round."""
         with self._doing("refit"):
-            report = self._endpoint.move_bulk(self._policy.params())
-            digests: dict[str, str] = {}
+            self._endpoint.begin(version, attempt)
+            self._endpoint.move_bulk(self._policy.params())
             if self._endpoint.misc_names:
-                exported = digesting(self._policy.export(self._endpoint.misc_names), digests)
+                exported = self._policy.export(self._endpoint.misc_names)
                 if self._train_rank == 0:
                     self._endpoint.send_misc(exported)
                 else:
                     collections.deque(exported, maxlen=0)  # the export gathers over all trainers
-            self._endpoint.put_report(version, attempt, report, digests)
+            self._endpoint.put_report()
 
     def verify_digests(self) -> dict[str, dict[str, str]]:
         """{tensor: {joint rank: hex digest}} of what every generator should hold now; {} but from train rank 0.

@@ -53,16 +53,6 @@ def digests_of(
     }
 
 
-def digesting(
-    exported: Iterable[tuple[str, torch.Tensor]], digests: dict[str, str]
-) -> Iterator[tuple[str, torch.Tensor]]:
-    """The same tensors; the hex digest of each goes into `digests` as it passes."""
-    for name, tensor in exported:
-        shape = tuple(tensor.shape)
-        digests[name] = f"{digest(tensor, Region.whole(shape), shape):016x}"
-        yield name, tensor
-
-
 def _part(tensor: torch.Tensor, region: Region, expert: int | None, spec: TensorSpec) -> int:
     """The digest of what a full tensor, or one expert of a stacked one, has inside `region`."""
     if expert is None:
