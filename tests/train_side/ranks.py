@@ -1,0 +1,217 @@
+"""What one trainer process does in a test. Every function is called as f(rank, world_size, address, ...)."""
+
+import random
+import tracemalloc
+from pathlib import Path
+
+from refit.plan import Holding, canonical, encode_rank_manifest
+from refit.train_side.batch import TrainBatch
+from refit.train_side.options import TrainOptions, TrainParallel
+
+TIMEOUT_S = 60.0
+LARGEST_EXACT_FLOAT32 = 1 << 24
+
+
+def make_checkpoint(rank, world_size, address, name, folder, coded, overrides):
+    """A tiny checkpoint. `coded`: float32, and each element is its own address, counted through the tensors."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    from refit.train_side.tiny_models import make_tiny_model
+
+    make_tiny_model(name, folder, dtype="float32" if coded else "bfloat16", overrides=overrides)
+    if coded:
+        file = Path(folder) / "model.safetensors"
+        weights = load_file(file)
+        first = 0
+        for key in sorted(weights):
+            size = weights[key].numel()
+            weights[key] = torch.arange(first, first + size, dtype=torch.float32).reshape(weights[key].shape)
+            first += size
+        assert first < LARGEST_EXACT_FLOAT32, f"{first} addresses are not exact in float32"
+        save_file(weights, file, metadata={"format": "pt"})
+
+
+def build(rank, world_size, address, folder, parallel, **options):
+    from refit.train_side.policy import PolicyTrainer
+
+    return PolicyTrainer.build(
+        folder, parallel, TrainOptions(**options), rank, world_size, address, TIMEOUT_S
+    )
+
+
+def view(trainer, holding: Holding):
+    """The memory that a holding names."""
+    import torch
+
+    param = trainer.params()[holding.param].detach()
+    return torch.as_strided(
+        param, holding.region.shape, holding.strides, param.storage_offset() + holding.offset
+    )
+
+
+def first_misplaced(trainer, weights):
+    """The first element of this rank's holdings that is not the full tensor's element there, or None.
+
+    `weights` are full tensors by HF name. For coded weights the found value is the address it came from.
+    """
+    import torch
+
+    for holding in trainer.describe().holdings:
+        tensor = stacked(weights, holding.tensor)
+        box = tuple(
+            slice(*bounds) for bounds in zip(holding.region.starts, holding.region.stops, strict=True)
+        )
+        wrong = (view(trainer, holding) != tensor[box]).nonzero()
+        if wrong.numel():
+            at = tuple(wrong[0].tolist())
+            where = tuple(map(sum, zip(at, holding.region.starts, strict=True)))
+            found, wanted = view(trainer, holding)[at].item(), tensor[box][at].item()
+            return f"{holding.tensor}{list(where)} in {holding.param}: {found}, should be {wanted}"
+        assert torch.equal(view(trainer, holding), tensor[box])
+    return None
+
+
+def stacked(weights, tensor_name):
+    import torch
+
+    if "experts.*." not in tensor_name:
+        return weights[tensor_name]
+    experts = {}
+    for name, weight in weights.items():
+        found, expert = canonical(name)
+        if found == tensor_name:
+            experts[expert] = weight
+    return torch.stack([experts[expert] for expert in range(len(experts))])
+
+
+def address_truth(rank, world_size, address, folder, parallel):
+    """Load coded weights; compare the file, Bridge's export and this rank's holdings element for element."""
+    import torch
+    from safetensors.torch import load_file
+
+    trainer = build(rank, world_size, address, folder, parallel, precision="fp32")
+    weights = load_file(Path(folder) / "model.safetensors")
+    exported = {name: weight.clone() for name, weight in trainer.export()}
+    result = {
+        "manifest": encode_rank_manifest(trainer.describe()),
+        "exported": sorted(exported),
+        "file": sorted(weights),
+        "export_differs": [n for n, w in exported.items() if not torch.equal(w, weights[n])],
+        "misplaced": first_misplaced(trainer, exported),
+        "dtypes_agree": all(
+            str(p.dtype).endswith(s.dtype) and tuple(p.shape) == s.shape
+            for p, s in zip(trainer.params().values(), trainer.describe().params, strict=True)
+        ),
+    }
+    trainer.close()
+    return result
+
+
+def sample_batch(num_samples=24, seed=0):
+    """Ragged random prompts and responses; old logprobs of a uniform policy."""
+    rng = random.Random(seed)
+    prompts = [tuple(rng.randrange(256) for _ in range(rng.randrange(3, 12))) for _ in range(num_samples)]
+    responses = [tuple(rng.randrange(256) for _ in range(rng.randrange(1, 13))) for _ in range(num_samples)]
+    return TrainBatch(
+        tuple(prompts),
+        tuple(responses),
+        tuple((-5.55,) * len(response) for response in responses),
+        tuple(rng.gauss(0, 1) for _ in range(num_samples)),
+    )
+
+
+def two_steps(rank, world_size, address, folder, parallel, options):
+    """Two optimizer steps; what they report, and whether holdings still are what Bridge exports."""
+    trainer = build(rank, world_size, address, folder, parallel, **options)
+    batch = sample_batch()
+    before = trainer.logprobs(batch)
+    steps = [trainer.train_step(batch) for _ in range(2)]
+    exported = {name: weight.clone() for name, weight in trainer.export()}
+    result = {
+        "before": before,
+        "steps": steps,
+        "after": trainer.logprobs(batch),
+        "reference": trainer.reference_logprobs(batch),
+        "misplaced": first_misplaced(trainer, exported),
+        "checksum": {name: weight.double().sum().item() for name, weight in exported.items()},
+    }
+    trainer.close()
+    return result
+
+
+def against_transformers(rank, world_size, address, folder, parallel, saved):
+    """Train one step, save, and compare the policy's log-probabilities with transformers on the saved weights."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    trainer = build(rank, world_size, address, folder, parallel, lr=1e-3)
+    batch = sample_batch()
+    trainer.train_step(batch)
+    trainer.save(saved)
+    ours = trainer.logprobs(batch)
+    trainer.close()
+    if rank != 0:
+        return None
+    model = AutoModelForCausalLM.from_pretrained(saved, dtype=torch.bfloat16)
+    deltas = []
+    with torch.no_grad():
+        for prompt, response, found in zip(batch.prompts, batch.responses, ours, strict=True):
+            scores = model(torch.tensor([prompt + response])).logits[0].float().log_softmax(-1)
+            theirs = [scores[len(prompt) - 1 + i, token].item() for i, token in enumerate(response)]
+            deltas.extend(a - b for a, b in zip(theirs, found, strict=True))
+    delta = torch.tensor(deltas, dtype=torch.float64)
+    return {"k3": (delta.exp() - delta - 1).mean().item(), "max": delta.abs().max().item()}
+
+
+def partial_export(rank, world_size, address, folder, parallel, names):
+    """The named tensors alone, and the error for a name that does not exist."""
+    trainer = build(rank, world_size, address, folder, parallel)
+    some = {name: tuple(weight.shape) for name, weight in trainer.export(names)}
+    try:
+        list(trainer.export(["model.layers.99.mlp.up_proj.weight"]))
+        error = None
+    except KeyError as caught:
+        error = str(caught)
+    trainer.close()
+    return some, error
+
+
+def describe_cost(rank, world_size, address, folder):
+    """Bytes of the model, peak bytes Python allocates in describe(), and the tensor operations it runs."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    operations = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            operations.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    trainer = build(rank, world_size, address, folder, TrainParallel(tensor=world_size))
+    num_bytes = sum(param.numel() * param.element_size() for param in trainer.params().values())
+    trainer.describe()
+    tracemalloc.start()
+    with Watch():
+        trainer.describe()
+    peak_bytes = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    trainer.close()
+    return {"model_bytes": num_bytes, "peak_bytes": peak_bytes, "operations": operations}
+
+
+def stale_params(rank, world_size, address, folder):
+    """Re-create one parameter, then ask for the description and the parameters."""
+    import torch
+
+    trainer = build(rank, world_size, address, folder, TrainParallel())
+    module = trainer._policy.chunks[0].module.module.decoder.final_layernorm
+    module.weight = torch.nn.Parameter(module.weight.detach().clone())
+    errors = []
+    for ask in (trainer.describe, trainer.params):
+        try:
+            ask()
+        except RuntimeError as error:
+            errors.append(f"{type(error).__name__}: {error}")
+    trainer.close()
+    return errors
