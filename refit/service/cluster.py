@@ -22,6 +22,7 @@ from refit.service.actors import GenActor, TrainActor
 from refit.service.config import JobConfig
 from refit.service.waiting import collect
 from refit.train_side.options import TrainOptions, TrainParallel
+from refit.transfer.errors import TransportError
 
 OBJECT_STORE_BYTES = 256 * 2**20
 START_TIMEOUT_S = 300.0
@@ -54,7 +55,13 @@ class Cluster:
             os.environ.setdefault(name, value)
         cluster = cls(config, log_folder)
         try:
-            _init_ray(config)
+            try:
+                _init_ray(config)
+            except (ConnectionError, RuntimeError, ValueError) as error:
+                where = config.cluster.address or "on this machine"
+                raise TransportError(
+                    f"Ray did not start or answer ({where}): {error}; see cluster.address"
+                ) from error
             cluster.trainers = tuple(
                 cluster._actor(TrainActor, rank, f"train-{rank}", 1)
                 for rank in range(config.policy.world_size)
@@ -75,8 +82,13 @@ class Cluster:
 
     def named_actors(self) -> dict[str, Any]:
         """Every actor by the name that messages use: "train rank 0", ..., "generator 0", ..."""
-        trainers = {f"train rank {rank}": actor for rank, actor in enumerate(self.trainers)}
-        return trainers | {f"generator {replica}": actor for replica, actor in enumerate(self.generators)}
+        return self.named_trainers() | self.named_generators()
+
+    def named_trainers(self) -> dict[str, Any]:
+        return {f"train rank {rank}": actor for rank, actor in enumerate(self.trainers)}
+
+    def named_generators(self) -> dict[str, Any]:
+        return {f"generator {replica}": actor for replica, actor in enumerate(self.generators)}
 
     def build(self, model_dir: str, timeout_s: float, on_tick: Waiting | None = None) -> dict[str, float]:
         """Build policy and engines at the same time. Returns the seconds each actor took, by name."""

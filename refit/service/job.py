@@ -1,0 +1,156 @@
+"""One job from a checked configuration to its summary: gate, model, actors, prepare, loop, and a clean end."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import platform
+import signal
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, TextIO
+
+from refit.plan.errors import ConfigError
+from refit.service import gate
+from refit.service.cluster import Cluster
+from refit.service.config import JobConfig
+from refit.service.coordinator import Coordinator
+from refit.service.grpo.loop import GrpoLoop
+from refit.service.grpo.tasks import Task, open_codec
+from refit.service.progress import JobProgress
+from refit.service.record import RunRecord, StepRecord, summarize
+from refit.service.waiting import collect
+from refit.train_side.tiny_models import TINY_MODELS, make_tiny_model
+
+BUILD_TIMEOUT_S = 600.0
+CONFIG_FILE = "config.json"
+
+
+def run_job(config: JobConfig, command: tuple[str, ...], stream: TextIO) -> dict[str, Any]:
+    """Run the whole job and return its summary. Raises ConfigError before anything is started or written.
+
+    Progress goes to `stream`, files into `config.run_dir`. Whatever happens, no process of the job is left.
+    """
+    started_s = time.monotonic()
+    model_config = gate.read_model_config(config.policy.model)
+    gate.check(config, model_config, gate.inspect_machine(config))
+    assert model_config is not None, "the gate lets no job pass without a model"
+    run_dir = _make_run_dir(config, command)
+    with JobProgress.open(stream) as progress, ThreadPoolExecutor(1) as background:
+        progress.say(_headline(config, run_dir))
+        task = background.submit(Task.open, config.grpo.task, config.grpo.task_seed)
+        model_dir = _model_dir(config, run_dir)
+        codec = open_codec(model_dir, model_config)
+        with running_job(config, model_dir, run_dir, progress) as (cluster, coordinator):
+            record = RunRecord.open(run_dir)
+            loop = GrpoLoop(
+                config,
+                cluster.named_trainers(),
+                cluster.named_generators(),
+                coordinator,
+                task.result(),
+                codec,
+                record,
+            )
+            with progress.stepping(config.grpo.steps) as on_step:
+                steps = loop.run(on_step)
+            if config.grpo.save_checkpoint:
+                _save(cluster, config, run_dir / "checkpoint")
+    summary = _summary(config, steps, coordinator, run_dir, time.monotonic() - started_s)
+    record.finish(summary)
+    return summary
+
+
+@contextlib.contextmanager
+def running_job(
+    config: JobConfig, model_dir: Path, run_dir: Path, progress: JobProgress
+) -> Iterator[tuple[Cluster, Coordinator]]:
+    """Actors built and prepared for refits; on the way out, whatever the reason, all of it is gone."""
+    cluster = None
+    coordinator = None
+    try:
+        with progress.waiting("start Ray", 1):
+            cluster = Cluster.open(config, run_dir / "logs")
+        num_actors = len(cluster.named_actors())
+        with progress.waiting("build trainers and engines", num_actors) as tick:
+            built = cluster.build(str(model_dir), BUILD_TIMEOUT_S, tick)
+        progress.say("built: " + ", ".join(f"{who} {seconds:.1f} s" for who, seconds in built.items()))
+        with progress.waiting("prepare the refit", num_actors):
+            coordinator = Coordinator.prepare(config, cluster.trainers, cluster.generators)
+        plan = coordinator.plan
+        progress.say(
+            f"plan {plan.digest[:12]}: bulk {plan.bulk_bytes} bytes, misc {plan.misc_bytes} bytes, "
+            f"{plan.num_train} trainer ranks to {plan.num_gen} generator ranks"
+        )
+        yield cluster, coordinator
+    finally:
+        with _undisturbed():
+            if coordinator is not None:
+                coordinator.close()
+            if cluster is not None:
+                cluster.close()
+
+
+@contextlib.contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Ignore Ctrl-C and SIGTERM for the few seconds that ending everything takes."""
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, action in before.items():
+            signal.signal(number, action)
+
+
+def _make_run_dir(config: JobConfig, command: tuple[str, ...]) -> Path:
+    run_dir = Path(config.run_dir).resolve()
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"run_dir = {config.run_dir!r} cannot be made: {error}. Name another folder"
+        ) from error
+    document = {"command": list(command), "config": dataclasses.asdict(config)}
+    (run_dir / CONFIG_FILE).write_text(json.dumps(document, indent=2) + "\n")
+    return run_dir
+
+
+def _model_dir(config: JobConfig, run_dir: Path) -> Path:
+    """The checkpoint both sides start from; a tiny model is made here, from its seed."""
+    if config.policy.model not in TINY_MODELS:
+        return Path(config.policy.model).resolve()
+    dtype = {"bf16": "bfloat16", "fp32": "float32"}[config.policy.precision]
+    return make_tiny_model(config.policy.model, run_dir / "model", seed=config.policy.seed, dtype=dtype)
+
+
+def _save(cluster: Cluster, config: JobConfig, folder: Path) -> None:
+    pending = {who: actor.save.remote(str(folder)) for who, actor in cluster.named_trainers().items()}
+    collect(pending, "save", config.refit.timeout_s)
+
+
+def _headline(config: JobConfig, run_dir: Path) -> str:
+    policy, generation = config.policy, config.generation
+    return (
+        f"{policy.model}: trainers TP{policy.tensor_parallel} PP{policy.pipeline_parallel} "
+        f"EP{policy.expert_parallel} DP{policy.data_parallel} -> {generation.replicas} x engine "
+        f"TP{generation.tensor_parallel} PP{generation.pipeline_parallel}, {config.path} refit over "
+        f"{config.refit.backend}; task {config.grpo.task}, {config.grpo.steps} steps; files in {run_dir}"
+    )
+
+
+def _summary(
+    config: JobConfig, steps: tuple[StepRecord, ...], coordinator: Coordinator, run_dir: Path, wall_s: float
+) -> dict[str, Any]:
+    return {
+        "path": config.path,
+        **summarize(steps),
+        "seed": config.policy.seed,
+        "task": config.grpo.task,
+        "plan": coordinator.plan.digest,
+        "wall_s": round(wall_s, 1),
+        "run_dir": str(run_dir),
+        "python": platform.python_version(),
+    }
