@@ -1,19 +1,28 @@
 """What the coordinator decides from the ranks' messages: the plan all agree on, and whether a version may be committed.
 
 No Ray here: the messages come through the control store, and the comparisons are plain functions of plain values.
-Each refit round trips through `refit/<attempt>/...` keys; each prepare through `describe/...` and `prepare/...`.
+The keys and messages are those of `refit.transfer.protocol`.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from refit.plan import Manifest, Plan, PlanOptions, build_plan, decode_rank_manifest, encode_manifest
+from refit.plan import Manifest, Plan, PlanOptions, build_plan, decode_rank_manifest
 from refit.plan.errors import PlanError
+from refit.transfer.protocol import (
+    GO,
+    INPUTS,
+    OK,
+    Inputs,
+    describe_key,
+    digest_key,
+    ready_key,
+    report_key,
+)
 from refit.transfer.rendezvous import ControlStore
 
 DIGEST_MODULUS = 2**64
@@ -59,29 +68,21 @@ def agree_on_plan(control: ControlStore, terms: Terms) -> Plan:
     train = _collect_manifest(control, "train", terms.num_train, deadline)
     gen = _collect_manifest(control, "gen", terms.num_gen, deadline)
     plan = build_plan(train, gen, terms.options)
-    control.put(
-        "prepare/inputs",
-        {
-            "train": encode_manifest(train),
-            "gen": encode_manifest(gen),
-            "options": dataclasses.asdict(terms.options),
-            "backend": terms.backend,
-            "bulk": terms.bulk,
-            "num_streams": terms.num_streams,
-            "timeout_s": terms.timeout_s,
-            "digest": plan.digest,
-        },
+    inputs = Inputs(
+        train, gen, terms.options, terms.backend, terms.bulk, terms.num_streams, terms.timeout_s, plan.digest
     )
-    for rank in range(terms.num_train + terms.num_gen):
-        digest = control.get(f"prepare/digest/{rank}", deadline.left_s)
+    control.put(INPUTS, inputs.message())
+    ranks = range(terms.num_train + terms.num_gen)
+    for rank in ranks:
+        digest = control.get(digest_key(rank), deadline.left_s)
         if digest != plan.digest:
             raise PlanError(
                 f"rank {rank} computed plan {digest}, the coordinator {plan.digest}, from the same manifests: "
                 "the refit package differs between the nodes; install one version everywhere"
             )
-    control.put("prepare/go", {"ok": True})
-    for rank in range(terms.num_train + terms.num_gen):
-        control.get(f"ready/{rank}", deadline.left_s)
+    control.put(GO, OK)
+    for rank in ranks:
+        control.get(ready_key(rank), deadline.left_s)
     return plan
 
 
@@ -89,7 +90,7 @@ def collect_reports(control: ControlStore, plan: Plan, attempt: int, timeout_s: 
     """The report of every joint rank on one attempt, by rank."""
     deadline = Deadline(timeout_s)
     ranks = range(plan.num_train + plan.num_gen)
-    return {rank: control.get(f"refit/{attempt}/report/{rank}", deadline.left_s) for rank in ranks}
+    return {rank: control.get(report_key(attempt, rank), deadline.left_s) for rank in ranks}
 
 
 def mismatches_of(plan: Plan, reports: Mapping[int, Any]) -> tuple[Mismatch, ...]:
@@ -146,5 +147,5 @@ class Deadline:
 
 
 def _collect_manifest(control: ControlStore, side: str, num_ranks: int, deadline: Deadline) -> Manifest:
-    texts = [control.get(f"describe/{side}/{rank}", deadline.left_s) for rank in range(num_ranks)]
+    texts = [control.get(describe_key(side, rank), deadline.left_s) for rank in range(num_ranks)]
     return Manifest(side, tuple(decode_rank_manifest(str(text)) for text in texts))

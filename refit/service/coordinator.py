@@ -23,6 +23,7 @@ from refit.service.agreement import (
 from refit.service.config import JobConfig
 from refit.service.waiting import collect
 from refit.transfer.errors import Failure, RefitFailed, TransportError
+from refit.transfer.protocol import decision_key
 from refit.transfer.rendezvous import ControlStore
 
 
@@ -160,7 +161,7 @@ class Coordinator:
         reports = collect_reports(self._control, self.plan, attempt, self._timeout_s)
         mismatches = mismatches_of(self.plan, reports)
         reason = describe_mismatches(mismatches)
-        self._control.put(f"refit/{attempt}/decision", {"commit": not mismatches, "reason": reason})
+        self._control.put(decision_key(attempt), {"commit": not mismatches, "reason": reason})
         return reports, reason
 
     def _record(
