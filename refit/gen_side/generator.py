@@ -20,7 +20,7 @@ from refit.transfer.errors import Failure, RefitFailed, TransportError
 from refit.transfer.rendezvous import ControlStore
 
 CLOSE_S = 20.0
-_ENVIRONMENT = {
+ENVIRONMENT = {
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_LOGGING_LEVEL": "WARNING",
@@ -97,7 +97,7 @@ class Generator:
         Raises ConfigError when the folder is no checkpoint, TransportError when it is not ready in time.
         """
         stop_tokens = _stop_tokens(Path(model_dir))
-        for name, value in _ENVIRONMENT.items():
+        for name, value in ENVIRONMENT.items():
             os.environ.setdefault(name, value)
         before = _children()
         try:

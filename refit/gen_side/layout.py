@@ -17,6 +17,7 @@ from vllm.model_executor.layers.attention import is_deferred_attention_layer
 from vllm.model_executor.model_loader.reload import layerwise as _RELOAD  # noqa: N812
 from vllm.model_executor.model_loader.reload import meta as _META  # noqa: N812
 from vllm.model_executor.model_loader.reload.utils import get_layer_tensors
+from vllm.platforms import current_platform
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +92,20 @@ def use_plain_loader(tensor: torch.Tensor) -> None:
 
 def process_module(module: torch.nn.Module) -> None:
     """vLLM's own processing of one module that holds its loaded tensors, in place into the old storages."""
+    _forget_cpu_moe_kernel(module)
     _RELOAD._layerwise_process(module, layer_reload(module))
+
+
+def _forget_cpu_moe_kernel(module: torch.nn.Module) -> None:
+    """On the CPU, let a second processing of experts be like the first.
+
+    vLLM 0.31 prepacks expert weights only together with making their kernel, and on a reload it keeps the kernel:
+    the weights would go live unpacked, in the same shape, under a kernel that reads them packed. There are no
+    captured graphs on a CPU, so a new kernel is harmless.
+    """
+    method = getattr(module, "quant_method", None)  # only some modules have one
+    if current_platform.is_cpu() and getattr(method, "moe_kernel", None) is not None:
+        method.moe_kernel = None
 
 
 def place_live(module: torch.nn.Module) -> None:
