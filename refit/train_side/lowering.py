@@ -7,8 +7,8 @@ shapes into holdings. What has no rule, or what Bridge changes on the way out, i
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,10 @@ from refit.plan import (
     TensorSpec,
     canonical,
     coalesce_holdings,
+    hf_name,
 )
 from refit.train_side.build import BuiltModel
+from refit.train_side.export_changes import refuse_changes
 from refit.train_side.hf_folder import tensor_shapes
 from refit.train_side.pieces import CannotLowerError, HfTensor, LocalParam, holdings_of
 from refit.train_side.rules import Subject, rules
@@ -34,66 +36,65 @@ class StaleTasksError(RuntimeError):
     """A parameter is no longer the one that was described: build the description again."""
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class LoweredModel:
     """The tasks of one rank's chunks and the shapes of the HF tensors that the whole model makes.
 
-    `tasks` has every task of every stage in Bridge's order, equal on all ranks of a pipeline; those with a
-    `param_weight` are this rank's own.
+    `tasks` has every task of every stage in Bridge's order, equal on all ranks of a pipeline. `layouts` has what
+    each of this rank's own parameters looked like, `not_plain` why some of them cannot be lowered.
     """
 
     model_dir: Path
-    bridge: Any
     stage: int
-    tasks: list[Any]
-    hf_shapes: dict[str, tuple[int, ...]]
+    tasks: tuple[Any, ...]
+    hf_shapes: Mapping[str, tuple[int, ...]]
     num_experts: int
-    _layouts: dict[str, tuple[Any, ...]] = field(default_factory=dict)
+    layouts: Mapping[str, tuple[Any, ...]]
+    not_plain: Mapping[str, str]
 
     @classmethod
     def prepare(cls, model: BuiltModel, model_dir: str | Path) -> LoweredModel:
-        """Collective over the pipeline stages. Reads the headers of the checkpoint for the HF shapes."""
-        from megatron.core import parallel_state
+        """Collective over the pipeline stages. HF shapes come from the headers of the checkpoint.
 
-        tasks = [task for task in model.bridge.get_conversion_tasks(model.chunks) if task is not None]
-        config = _config(model.chunks[0])
-        lowered = cls(
+        Raises ValueError if a parameter makes an HF tensor that the checkpoint does not have.
+        """
+        from megatron.core import parallel_state
+        from megatron.core.utils import get_model_config
+
+        model_bridge, pretrained = model.bridge._model_bridge, model.bridge.hf_pretrained
+        listed = model_bridge.build_conversion_tasks(pretrained, model.chunks)
+        tasks = tuple(task for task in listed if task is not None)
+        num_experts = get_model_config(model.chunks[0]).num_moe_experts or 0
+        in_folder = tensor_shapes(Path(model_dir))
+        made = {name for task in tasks for name in names_made_by(task, num_experts)}
+        own = [task for task in tasks if task.param_weight is not None]
+        missing = {name for task in own for name in _hf_names(task)} - set(in_folder)
+        if missing:
+            raise ValueError(f"the model makes HF tensors that {model_dir} does not have: {sorted(missing)}")
+        hf_shapes = {name: shape for name, shape in in_folder.items() if name in made}
+        return cls(
             model_dir=Path(model_dir),
-            bridge=model.bridge,
             stage=parallel_state.get_pipeline_model_parallel_rank(),
             tasks=tasks,
-            hf_shapes={},
-            num_experts=config.num_moe_experts or 0,
+            hf_shapes=hf_shapes,
+            num_experts=num_experts,
+            layouts={param_name(task): _layout(task.param_weight) for task in own},
+            not_plain=_not_plain(model_bridge, own, hf_shapes, pretrained.state),
         )
-        in_folder = tensor_shapes(Path(model_dir))
-        made = {name for task in tasks for name in lowered.names_made_by(task)}
-        lowered.hf_shapes = {name: shape for name, shape in in_folder.items() if name in made}
-        for task in lowered.own_tasks():
-            lowered._layouts[param_name(task)] = _layout(task)
-        return lowered
 
     def own_tasks(self) -> Iterator[Any]:
         """The tasks whose parameter this rank stores."""
         return (task for task in self.tasks if task.param_weight is not None)
 
-    def names_made_by(self, task: Any) -> tuple[str, ...]:
-        """HF names that exporting `task` yields: its own, and for an expert those of its peers on EP ranks."""
-        hf_param = task.mapping.hf_param
-        own = (hf_param,) if isinstance(hf_param, str) else tuple(hf_param.values())
-        if not task.mapping.is_expert or task.mapping.ep_size == 1:
-            return own
-        per_rank = self.num_experts // task.mapping.ep_size
-        return tuple(name for template in own for name in _expert_peers(template, per_rank, self.num_experts))
-
     def tasks_for(self, names: set[str] | None) -> list[Any]:
         """The tasks that make one of `names` (None: all), in an order equal on every rank."""
         if names is None:
             return list(self.tasks)
-        return [task for task in self.tasks if names & set(self.names_made_by(task))]
+        return [task for task in self.tasks if names & set(names_made_by(task, self.num_experts))]
 
     def live_params(self) -> dict[str, Tensor]:
         """This rank's parameters by name. Raises StaleTasksError if one is not the one that was prepared."""
-        return {param_name(task): _live(task, self._layouts) for task in self.own_tasks()}
+        return {param_name(task): self._live(task) for task in self.own_tasks()}
 
     def manifest(self, rank: int) -> RankManifest:
         """What this rank holds. No collective; cost is linear in its number of parameters."""
@@ -102,10 +103,10 @@ class LoweredModel:
         misc: dict[str, str] = {}
         dtypes: dict[str, str] = {}
         for task in self.own_tasks():
-            weight = _live(task, self._layouts)
+            weight = self._live(task)
             dtype = str(weight.dtype).removeprefix("torch.")
             params.append(ParamSpec(param_name(task), tuple(weight.shape), dtype))
-            names = {canonical(name)[0]: dtype for name in self._own_names(task)}
+            names = {canonical(name)[0]: dtype for name in _hf_names(task)}
             dtypes |= names
             try:
                 holdings.extend(self._lower(task, weight))
@@ -122,33 +123,40 @@ class LoweredModel:
             misc=tuple(MiscReason(name, misc[name]) for name in sorted(misc)),
         )
 
-    def _own_names(self, task: Any) -> tuple[str, ...]:
-        hf_param = task.mapping.hf_param
-        names = (hf_param,) if isinstance(hf_param, str) else tuple(hf_param.values())
-        missing = [name for name in names if name not in self.hf_shapes]
-        if missing:
-            raise CannotLowerError(f"{param_name(task)}: the checkpoint has no tensors {missing}")
-        return names
-
     def _shape(self, name: str) -> tuple[int, ...]:
         """Shape of a canonical tensor: experts are stacked in front."""
         if name in self.hf_shapes:
             return self.hf_shapes[name]
-        return (self.num_experts, *self.hf_shapes[name.replace("experts.*.", "experts.0.", 1)])
+        return (self.num_experts, *self.hf_shapes[hf_name(name, 0)])
 
-    def _tensor(self, hf_name: str) -> HfTensor:
-        name, expert = canonical(hf_name)
-        return HfTensor(name, self.hf_shapes[hf_name], expert)
+    def _tensor(self, name: str) -> HfTensor:
+        tensor_name, expert = canonical(name)
+        return HfTensor(tensor_name, self.hf_shapes[name], expert)
 
     def _lower(self, task: Any, weight: Tensor) -> Iterator[Holding]:
-        _check_plain(task, weight)
+        name = param_name(task)
+        if name in self.not_plain:
+            raise CannotLowerError(self.not_plain[name])
         rule = rules().get(type(task.mapping))
         if rule is None:
             raise CannotLowerError(f"Bridge's {type(task.mapping).__name__} has no lowering rule")
-        param = LocalParam.whole(param_name(task), tuple(weight.shape), weight.stride())
+        param = LocalParam.whole(name, tuple(weight.shape), weight.stride())
         config = task.mapping._get_config(task.megatron_module)
-        subject = Subject(task.mapping, task.megatron_module, config, param, self._tensor)
-        return holdings_of(param, rule(subject))
+        yield from holdings_of(
+            param, rule(Subject(task.mapping, task.megatron_module, config, param, self._tensor))
+        )
+
+    def _live(self, task: Any) -> Tensor:
+        """The parameter as its module has it now, proven to be the one that was prepared."""
+        name = param_name(task)
+        weight = getattr(task.megatron_module, task.param_name.rpartition(".")[2])
+        if weight is not task.param_weight or _layout(weight) != self.layouts[name]:
+            raise StaleTasksError(
+                f"parameter {name} was re-created since the description was prepared "
+                f"(prepared {self.layouts[name][1:]}, now {_layout(weight)[1:]}): "
+                "build the trainer's description again and prepare the refit anew"
+            )
+        return weight
 
 
 def param_name(task: Any) -> str:
@@ -156,43 +164,48 @@ def param_name(task: Any) -> str:
     return f"chunk{task.vp_stage}/{task.param_name}"
 
 
+def names_made_by(task: Any, num_experts: int) -> tuple[str, ...]:
+    """HF names that exporting `task` yields: its own, and for an expert those of its peers on EP ranks."""
+    own = _hf_names(task)
+    if not task.mapping.is_expert or task.mapping.ep_size == 1:
+        return own
+    per_rank = num_experts // task.mapping.ep_size
+    return tuple(name for template in own for name in _expert_peers(template, per_rank, num_experts))
+
+
+def _hf_names(task: Any) -> tuple[str, ...]:
+    hf_param = task.mapping.hf_param
+    return (hf_param,) if isinstance(hf_param, str) else tuple(hf_param.values())
+
+
 def _expert_peers(template: str, per_rank: int, num_experts: int) -> Iterator[str]:
     """HF names of the experts with the same local number on every EP rank; a fused tensor is its own peer."""
     name, expert = canonical(template)
     if expert is None:
         yield template
-        return
-    for peer in range(expert % per_rank, num_experts, per_rank):
-        yield name.replace("experts.*.", f"experts.{peer}.", 1)
+    else:
+        yield from (hf_name(name, peer) for peer in range(expert % per_rank, num_experts, per_rank))
 
 
-def _config(chunk: Any) -> Any:
-    from megatron.core.utils import get_model_config
-
-    return get_model_config(chunk)
-
-
-def _layout(task: Any) -> tuple[Any, ...]:
-    weight = task.param_weight
+def _layout(weight: Tensor) -> tuple[Any, ...]:
     return id(weight), tuple(weight.shape), weight.stride(), weight.dtype
 
 
-def _live(task: Any, layouts: dict[str, tuple[Any, ...]]) -> Tensor:
-    """The parameter as its module has it now, proven to be the one that was prepared."""
-    name = param_name(task)
-    weight = getattr(task.megatron_module, task.param_name.rpartition(".")[2])
-    if weight is not task.param_weight or _layout(task) != layouts[name]:
-        raise StaleTasksError(
-            f"parameter {name} was re-created since the description was prepared "
-            f"(now {tuple(weight.shape)} {weight.dtype}, prepared {layouts[name][1]} {layouts[name][3]}): "
-            "call LoweredModel.prepare again and prepare the refit anew"
-        )
-    return weight
-
-
-def _check_plain(task: Any, weight: Tensor) -> None:
-    """Only memory that holds the exported values themselves can be lowered."""
-    if type(weight) not in (Tensor, torch.nn.Parameter):
-        raise CannotLowerError(f"{param_name(task)} is stored as {type(weight).__name__}")
-    if task.export_hook is not None:
-        raise CannotLowerError(f"{param_name(task)} has an export hook")
+def _not_plain(
+    model_bridge: Any,
+    tasks: list[Any],
+    hf_shapes: Mapping[str, tuple[int, ...]],
+    state: Mapping[str, Any],
+) -> dict[str, str]:
+    """Why a parameter's memory does not hold the exported values themselves, by parameter name."""
+    reasons = {}
+    for task in tasks:
+        try:
+            if type(task.param_weight) not in (Tensor, torch.nn.Parameter):
+                kind = type(task.param_weight).__name__
+                raise CannotLowerError(f"{param_name(task)} is stored as {kind}")
+            shapes = {name: hf_shapes[name] for name in _hf_names(task)}
+            refuse_changes(model_bridge, task, shapes, state)
+        except CannotLowerError as error:
+            reasons[param_name(task)] = str(error)
+    return reasons

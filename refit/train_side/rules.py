@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from refit.train_side.pieces import CannotLowerError, HfTensor, LocalParam, Piece
@@ -40,6 +40,20 @@ class Subject:
     def tp_size(self) -> int:
         return self.mapping.tp_size
 
+    def one_expert(self, local_shape: tuple[int, ...]) -> tuple[HfTensor, tuple[int, ...] | None]:
+        """This parameter's expert of an HF tensor [experts, ...], and the dims if HF keeps it transposed.
+
+        `local_shape` is the expert's full Megatron shape. As Bridge does: transposed only if the shape does
+        not fit as it is.
+        """
+        from megatron.bridge.utils.common_utils import extract_expert_number_from_param
+
+        number = extract_expert_number_from_param(self.mapping.megatron_param)
+        expert = HfTensor(self.only.name, self.only.shape[1:], number)
+        if expert.shape == local_shape or not self.mapping.transpose_on_export:
+            return expert, None
+        return expert, (1, 0)
+
     def check_rows(self, num_hf_rows: int) -> None:
         """Raise unless the TP ranks' rows add up to `num_hf_rows`."""
         total = self.param.num_tp_rows * self.tp_size
@@ -48,6 +62,9 @@ class Subject:
                 f"{self.param.name} has {self.param.num_tp_rows} rows on each of {self.tp_size} ranks, "
                 f"its HF tensors have {num_hf_rows}"
             )
+
+
+Rule = Callable[[Subject], Iterator[Piece]]
 
 
 def replicated(subject: Subject) -> Iterator[Piece]:
@@ -86,13 +103,22 @@ def auto(subject: Subject) -> Iterator[Piece]:
     """Bridge finds out from the module whether it is column, row or replicated."""
     kind = subject.mapping._detect_parallelism_type(subject.module)
     pieces = {"column": column, "row": row, "replicated": replicated}[kind]
-    dims = subject.mapping.permute_dims
-    if dims is None:
+    if subject.mapping.permute_dims is None:
         yield from pieces(subject)
-        return
-    if kind != "replicated":
-        raise CannotLowerError(f"{subject.param.name}: dims are permuted {dims} and cut ({kind})")
-    yield Piece(subject.only, 0, 0, subject.param.num_tp_rows, dims=tuple(dims))
+    else:
+        yield from _permuted(subject, pieces, tuple(subject.mapping.permute_dims))
+
+
+def _permuted(subject: Subject, pieces: Rule, dims: tuple[int, ...]) -> Iterator[Piece]:
+    """The pieces of a tensor whose dim d is dim `dims[d]` of what Megatron stores (TP gathered)."""
+
+    def stored_shape(name: str) -> HfTensor:
+        tensor = subject.tensor(name)
+        shape = tuple(tensor.shape[dims.index(dim)] for dim in range(len(dims)))
+        return replace(tensor, shape=shape)
+
+    for piece in pieces(replace(subject, tensor=stored_shape)):
+        yield replace(piece, tensor=subject.tensor(str(subject.mapping.hf_param)), dims=dims)
 
 
 @dataclass(frozen=True, slots=True)
@@ -243,6 +269,28 @@ def gdn_conv1d(subject: Subject) -> Iterator[Piece]:
     yield from _consecutive(subject, (keys, keys, values))
 
 
+def fused_expert(subject: Subject) -> Iterator[Piece]:
+    """One expert of an HF tensor [experts, rows, columns]."""
+    kind = subject.mapping._detect_parallelism_type(subject.module)
+    rows, columns = subject.param.tp_shape
+    full = (rows * subject.tp_size, columns) if kind == "column" else (rows, columns * subject.tp_size)
+    tensor, dims = subject.one_expert(full)
+    pieces = {"column": column, "row": row, "replicated": replicated}[kind]
+    stored = HfTensor(tensor.name, full, tensor.expert)
+    for piece in pieces(replace(subject, tensor=lambda _: stored)):
+        yield replace(piece, tensor=tensor, dims=dims)
+
+
+def fused_gated_expert(subject: Subject) -> Iterator[Piece]:
+    """One expert of an HF tensor [experts, gate rows + up rows, columns]."""
+    rows, columns = subject.param.tp_shape
+    tensor, dims = subject.one_expert((rows * subject.tp_size, columns))
+    half = rows * subject.tp_size // 2
+    stored = HfTensor(tensor.name, (2 * half, columns), tensor.expert)
+    for piece in _blocks(subject, [(stored, 0, half), (stored, half, half)]):
+        yield replace(piece, tensor=tensor, dims=dims)
+
+
 def _consecutive(subject: Subject, sizes: tuple[int, ...]) -> Iterator[Piece]:
     starts = [sum(sizes[:i]) for i in range(len(sizes))]
     yield from _blocks(subject, [(subject.only, *part) for part in zip(starts, sizes, strict=True)])
@@ -280,7 +328,7 @@ def gdn_in_proj(subject: Subject) -> Iterator[Piece]:
 
 
 @functools.cache
-def rules() -> Mapping[type, Callable[[Subject], Iterator[Piece]]]:
+def rules() -> Mapping[type, Rule]:
     """Every mapping class that has a rule. Bridge must have been imported."""
     from megatron.bridge.models.conversion import param_mapping as bridge
 
@@ -295,6 +343,8 @@ def rules() -> Mapping[type, Callable[[Subject], Iterator[Piece]]]:
         bridge.QKVGMapping: qkv_with_head_gate,
         bridge.KVMapping: kv,
         bridge.GatedMLPMapping: gated_mlp,
+        bridge.FusedExpertMapping: fused_expert,
+        bridge.FusedGatedExpertMapping: fused_gated_expert,
         bridge.MambaInProjMapping: mamba_in_proj,
         bridge.MambaConv1dMapping: mamba_conv1d,
         bridge.GDNConv1dMapping: gdn_conv1d,
