@@ -110,7 +110,7 @@ class _StageMover:
         receives, _ = self._boxed(round_.receives, slot, used)
         for boxed in sends:
             self._pack(boxed)
-        self._clock(PACK, clock)
+        self.tally.clock(PACK, clock)
         self._digest_sends(sends)
         outward, inward = self._outward(sends), self._outward(receives)
         try:
@@ -126,14 +126,14 @@ class _StageMover:
             self.job.group.transport.wait(flight.ticket, self.job.deadline)
         except TransportError as error:
             raise self._explained(flight.round, error) from error
-        clock = self._clock(WIRE, clock)
+        clock = self.tally.clock(WIRE, clock)
         self._copy_local(flight)
         for boxed in flight.receives:
             for segment in boxed.bucket.segments:
                 if not boxed.is_direct:
                     copy_cast(self._param_box(segment), _packed(segment, boxed.payload))
                 self.tally.bytes_received += segment_bytes(segment)
-        self._clock(UNPACK, clock)
+        self.tally.clock(UNPACK, clock)
         self._digest_receives(flight)
 
     def _boxed(self, buckets: tuple[Bucket, ...], slot: int, used: int) -> tuple[tuple[Boxed, ...], int]:
@@ -161,7 +161,7 @@ class _StageMover:
             for segment in boxed.bucket.segments:
                 value = digest(_packed(segment, boxed.payload), segment.region, self._shape(segment))
                 self.tally.add_digest(segment.tensor, boxed.bucket.peer, value)
-        self._clock(DIGEST, clock)
+        self.tally.clock(DIGEST, clock)
 
     def _digest_receives(self, flight: Flight) -> None:
         """Of the params themselves, so that a wrong unpack shows as well as a wrong wire."""
@@ -172,7 +172,7 @@ class _StageMover:
             for segment in boxed.bucket.segments:
                 value = digest(self._param_box(segment), segment.region, self._shape(segment))
                 self.tally.add_digest(segment.tensor, self.job.rank, value)
-        self._clock(DIGEST, clock)
+        self.tally.clock(DIGEST, clock)
 
     def _outward(self, boxes: tuple[Boxed, ...]) -> list[Parcel]:
         return [
@@ -201,11 +201,6 @@ class _StageMover:
 
     def _shape(self, segment: Segment) -> tuple[int, ...]:
         return self.job.plan.tensors[segment.tensor].shape
-
-    def _clock(self, phase: str, since: float) -> float:
-        now = time.perf_counter()
-        self.tally.seconds[phase] += now - since
-        return now
 
     def _explained(self, round_: Round, error: TransportError) -> TransportError:
         stage = self.job.stage_plan

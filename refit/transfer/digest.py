@@ -63,6 +63,11 @@ def digest(view: Tensor, region: Region, tensor_shape: Sequence[int]) -> int:
     return total & MASK
 
 
+def whole_digest(tensor: Tensor) -> int:
+    """The digest of a full tensor."""
+    return digest(tensor, Region.whole(tuple(tensor.shape)), tuple(tensor.shape))
+
+
 def combine(digests: Sequence[int]) -> int:
     """The digest of the union of disjoint boxes."""
     return sum(digests) & MASK

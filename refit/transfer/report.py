@@ -1,5 +1,6 @@
 """What one rank did in one refit."""
 
+import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
@@ -36,6 +37,12 @@ class Tally:
         """Add a part's digest; parts of one (tensor, dst_rank) sum up to the digest of all of it."""
         sums = self.digests.setdefault(tensor, {})
         sums[dst_rank] = (sums.get(dst_rank, 0) + value) & MASK
+
+    def clock(self, phase: str, since: float) -> float:
+        """Add the seconds since `since` (a time.perf_counter()) to a phase; returns now, the start of the next one."""
+        now = time.perf_counter()
+        self.seconds[phase] += now - since
+        return now
 
     def report(self) -> BulkReport:
         return BulkReport(

@@ -132,6 +132,15 @@ def describe(direction: str, parcel: Parcel) -> str:
     return f"{direction} of {parcel.payload.numel()} bytes {word} rank {parcel.peer}"
 
 
+def wait_for_work(words: str, work: Work, deadline: float) -> None:
+    """Wait for one collective. Raises TransportError that begins with `words`."""
+    began = time.monotonic()
+    try:
+        work.wait(timedelta(seconds=max(SHORTEST_WAIT_S, deadline - began)))
+    except RuntimeError as error:
+        raise TransportError(f"{words} failed after {time.monotonic() - began:.1f} s: {error}") from error
+
+
 def wait_for_stream(stream: torch.cuda.Stream, deadline: float) -> None:
     """Wait for queued CUDA work with a deadline: a synchronize() has none, and an aborted NCCL call may never end."""
     event = stream.record_event()

@@ -1,0 +1,143 @@
+"""Keys and messages of prepare and refit in the control store; both the ranks and the coordinator use these.
+
+Prepare:  describe/<side>/<rank>   a RankManifest as its JSON text, from every rank
+          prepare/inputs           Inputs, from the coordinator
+          prepare/digest/<rank>    plan digest that joint rank `rank` computed
+          prepare/go               {"ok": true}, from the coordinator once all digests agree
+          ready/<rank>             {"ok": true}, once the groups of joint rank `rank` are open
+Refit:    refit/<attempt>/report/<rank>   RefitReport;   refit/<attempt>/decision   {"commit": bool, "reason": str}
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, cast
+
+from refit.plan import Manifest, PlanOptions, decode_manifest, encode_manifest
+from refit.transfer.errors import TransportError
+
+INPUTS = "prepare/inputs"
+GO = "prepare/go"
+OK = {"ok": True}
+P2P, GOLDEN = "p2p", "golden"
+
+
+def describe_key(side: str, rank: int) -> str:
+    return f"describe/{side}/{rank}"
+
+
+def digest_key(rank: int) -> str:
+    return f"prepare/digest/{rank}"
+
+
+def ready_key(rank: int) -> str:
+    return f"ready/{rank}"
+
+
+def report_key(attempt: int, rank: int) -> str:
+    return f"refit/{attempt}/report/{rank}"
+
+
+def decision_key(attempt: int) -> str:
+    return f"refit/{attempt}/decision"
+
+
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """All that decides a plan and how it is run. `digest` is the coordinator's plan digest."""
+
+    train: Manifest
+    gen: Manifest
+    options: PlanOptions
+    backend: str
+    bulk: str
+    num_streams: int
+    timeout_s: float
+    digest: str
+
+    def __post_init__(self) -> None:
+        if self.bulk not in (P2P, GOLDEN):
+            raise TransportError(f"bulk is {self.bulk!r}; it can be {P2P!r} or {GOLDEN!r}")
+        if self.num_streams < 1:
+            raise TransportError(
+                f"num_streams is {self.num_streams}; at least 1 is needed (NRL_REFIT_NUM_STREAMS)"
+            )
+        if not self.timeout_s > 0:
+            raise TransportError(
+                f"timeout_s is {self.timeout_s}; every wait needs a finite, positive deadline"
+            )
+
+    def message(self) -> dict[str, object]:
+        return {
+            "train": encode_manifest(self.train),
+            "gen": encode_manifest(self.gen),
+            "options": {
+                "bucket_bytes": self.options.bucket_bytes,
+                "max_ops_per_round": self.options.max_ops_per_round,
+                "whitelist": list(self.options.whitelist),
+            },
+            "backend": self.backend,
+            "bulk": self.bulk,
+            "num_streams": self.num_streams,
+            "timeout_s": self.timeout_s,
+            "digest": self.digest,
+        }
+
+    @classmethod
+    def of_message(cls, message: object) -> "Inputs":
+        fields = _fields(message, cls, INPUTS)
+        options = _fields(fields["options"], PlanOptions, f"{INPUTS} options")
+        options["whitelist"] = tuple(options["whitelist"])
+        fields["options"] = PlanOptions(**options)
+        fields["train"], fields["gen"] = decode_manifest(fields["train"]), decode_manifest(fields["gen"])
+        return cls(**fields)
+
+
+@dataclass(frozen=True, slots=True)
+class RefitReport:
+    """What one joint rank did in one attempt. digests[tensor][dst_rank]; misc_digests[hf_name]."""
+
+    version: int
+    bytes_sent: int
+    bytes_received: int
+    misc_bytes: int
+    seconds: Mapping[str, float]
+    digests: Mapping[str, Mapping[int, int]]
+    misc_digests: Mapping[str, int]
+    peak_extra_bytes: int
+
+    def message(self) -> dict[str, object]:
+        return {
+            "version": self.version,
+            "bytes_sent": self.bytes_sent,
+            "bytes_received": self.bytes_received,
+            "misc_bytes": self.misc_bytes,
+            "seconds": dict(self.seconds),
+            "digests": {
+                tensor: {str(rank): f"{value:016x}" for rank, value in by_rank.items()}
+                for tensor, by_rank in self.digests.items()
+            },
+            "misc_digests": {name: f"{value:016x}" for name, value in self.misc_digests.items()},
+            "peak_extra_bytes": self.peak_extra_bytes,
+        }
+
+    @classmethod
+    def of_message(cls, message: object) -> "RefitReport":
+        fields = _fields(message, cls, "refit report")
+        fields["digests"] = {
+            tensor: {int(rank): int(value, 16) for rank, value in by_rank.items()}
+            for tensor, by_rank in fields["digests"].items()
+        }
+        fields["misc_digests"] = {name: int(value, 16) for name, value in fields["misc_digests"].items()}
+        return cls(**fields)
+
+
+def _fields(message: object, kind: type, words: str) -> dict[str, Any]:
+    """The message as keyword arguments of `kind`; unknown and missing keys are refused by name."""
+    wanted = set(kind.__dataclass_fields__)  # type: ignore[attr-defined]
+    found = set(message) if isinstance(message, dict) else set()
+    if found != wanted:
+        raise TransportError(
+            f"{words}: unknown keys {sorted(map(str, found - wanted))}, missing keys {sorted(wanted - found)}; "
+            f"do all ranks run the same version of refit?"
+        )
+    return dict(cast(dict[str, Any], message))
