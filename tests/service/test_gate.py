@@ -1,0 +1,186 @@
+"""Every setting that cannot work is refused with key, value and remedy; what can work passes."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import socket
+
+import pytest
+
+from refit.plan.errors import ConfigError
+from refit.run import CONFIG_FOLDER, load_config
+from refit.service.gate import check, inspect_machine, read_model_config
+from refit.service.gate_rules import Environment
+
+LAPTOP = Environment(available_memory_bytes=24 * 2**30, num_cuda_devices=0, taken_ports=(7777,))
+EIGHT_GPUS = dataclasses.replace(LAPTOP, num_cuda_devices=8)
+
+
+@pytest.fixture(scope="module")
+def models():
+    """The HF configs that `policy.model` names, read once: transformers takes seconds to import."""
+    return {name: read_model_config(name) for name in ("tiny-qwen3", "tiny-qwen3-moe")}
+
+
+def refuse(models, overrides, environment=LAPTOP, name="default", **changes):
+    """The message of the refusal; `changes` overwrite fields of the HF config."""
+    config = load_config(name, overrides)
+    model = models.get(config.policy.model)
+    with pytest.raises(ConfigError) as refused:
+        check(config, None if model is None else {**model, **changes}, environment)
+    return str(refused.value)
+
+
+MOE = "policy.model=tiny-qwen3-moe"
+ONE_STAGE = "policy.pipeline_parallel=1"
+
+REFUSALS = [
+    # overrides, what the message must hold
+    (["policy.tensor_parallel=0"], ["policy.tensor_parallel = 0", "at least 1"]),
+    (["generation.replicas=-1"], ["generation.replicas = -1", "at least 1"]),
+    (["policy.lr=-1"], ["policy.lr = -1", "at least 0"]),
+    (["policy.lr=nan"], ["policy.lr = nan"]),
+    (["policy.clip_ratio=1.5"], ["policy.clip_ratio = 1.5", "between 0 and 1"]),
+    (["policy.kl_coef=-0.1"], ["policy.kl_coef = -0.1"]),
+    (["policy.num_microbatches=0"], ["policy.num_microbatches = 0"]),
+    (["grpo.steps=0"], ["grpo.steps = 0", "Use 1 or more"]),
+    (["cluster.port=70000"], ["cluster.port = 70000", "at most 65535"]),
+    (["refit.buffer_bytes=10"], ["refit.buffer_bytes = 10", "at least 65536"]),
+    (["refit.num_streams=0"], ["refit.num_streams = 0"]),
+    (["refit.timeout_s=0"], ["refit.timeout_s = 0"]),
+    (["refit.verify_every=-1"], ["refit.verify_every = -1"]),
+    (["policy.precision=fp8"], ["policy.precision = 'fp8'", "Use one of bf16, fp32"]),
+    (["generation.precision=int4"], ["generation.precision = 'int4'", "Use one of bf16, fp32"]),
+    (["refit.backend=mpi"], ["refit.backend = 'mpi'", "Use one of gloo, nccl"]),
+    (["refit.bulk=m2n"], ["refit.bulk = 'm2n'", "Use one of p2p, golden"]),
+    (["grpo.task=chess"], ["grpo.task = 'chess'", "basic_arithmetic"]),
+    (["policy.model=/no/such/folder"], ["policy.model = '/no/such/folder'", "no such folder", "tiny-qwen3"]),
+    (["policy.tensor_parallel=3"], ["policy.tensor_parallel = 3", "4 attention heads", "divisor of 4"]),
+    (["policy.tensor_parallel=3"], ["2 KV heads"]),
+    (["generation.tensor_parallel=8"], ["generation.tensor_parallel = 8", "4 attention heads"]),
+    (["policy.pipeline_parallel=5"], ["policy.pipeline_parallel = 5", "4 layers", "at most 4"]),
+    (["policy.pipeline_parallel=3"], ["policy.pipeline_parallel = 3", "divisor of 4"]),
+    (["policy.expert_parallel=2"], ["policy.expert_parallel = 2", "no experts"]),
+    ([MOE, "policy.expert_parallel=3", "policy.data_parallel=3"], ["does not divide the 8 experts"]),
+    ([MOE, "policy.expert_parallel=2"], ["policy.expert_parallel = 2", "1 ranks", "policy.data_parallel"]),
+    ([MOE, "policy.tensor_parallel=2", ONE_STAGE], ["policy.tensor_parallel = 2", "sequence parallelism"]),
+    ([MOE, "generation.expert_parallel=2"], ["generation.expert_parallel = 2", "crashes", "Use 1"]),
+    (["generation.pipeline_parallel=2"], ["generation.pipeline_parallel = 2", "without CUDA"]),
+    (["generation.temperature=0.7"], ["generation.temperature = 0.7", "Use 1.0"]),
+    (["generation.max_new_tokens=128"], ["generation.max_new_tokens = 128", "no room for a prompt"]),
+    (["generation.max_model_len=4096"], ["generation.max_model_len = 4096", "512 positions"]),
+    (["grpo.samples_per_prompt=1"], ["grpo.samples_per_prompt = 1", "at least 2"]),
+    (["generation.replicas=17"], ["generation.replicas = 17", "without work"]),
+    (["policy.num_microbatches=300"], ["policy.num_microbatches = 300", "256 samples"]),
+    (["cluster.port=7777"], ["cluster.port = 7777", "another process listens", "0 for any free one"]),
+    (["refit.backend=nccl"], ["refit.backend = 'nccl'", "4 ranks", "this machine has 0"]),
+    (["cluster.min_free_memory_bytes=100000000000000"], ["min_free_memory_bytes", "24.0 GiB", "is asked for"]),
+]
+
+
+@pytest.mark.parametrize(("overrides", "says"), REFUSALS, ids=[" ".join(case[0]) for case in REFUSALS])
+def test_a_setting_that_cannot_work_is_refused_with_key_value_and_remedy(models, overrides, says):
+    message = refuse(models, overrides)
+    for words in says:
+        assert words in message
+
+
+MODEL_REFUSALS = [
+    ({"head_dim": 16}, ["policy.model", "head size 16", "on a CPU"]),
+    ({"model_type": "gpt2"}, ["model_type 'gpt2'", "qwen3"]),
+    ({"quantization_config": {"quant_method": "fp8"}}, ["quantized", "bf16"]),
+    ({"eos_token_id": None}, ["eos_token_id is None"]),
+    ({"num_hidden_layers": None}, ["config.json", "lacks the sizes"]),
+    ({"intermediate_size": 251}, ["generation.tensor_parallel = 2", "MLP width of 251"]),
+    ({"num_attention_heads": 12, "num_key_value_heads": 3}, ["generation.tensor_parallel = 2", "3 KV heads"]),
+]
+
+
+@pytest.mark.parametrize(("changes", "says"), MODEL_REFUSALS, ids=[str(case[0]) for case in MODEL_REFUSALS])
+def test_a_model_that_a_side_cannot_hold_is_refused(models, tmp_path, changes, says):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({**models["tiny-qwen3"], **changes}))
+    (folder / "model.safetensors").write_bytes(b"")
+    config = load_config("default", [f"policy.model={folder}"])
+    with pytest.raises(ConfigError) as refused:
+        check(config, read_model_config(str(folder)), LAPTOP)
+    for words in says:
+        assert words in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("files", "says"),
+    [
+        ({}, "config.json is missing"),
+        ({"config.json": "{"}, "is not JSON"),
+        ({"config.json": "[]"}, "config.json"),
+        ({"config.json": None}, "holds no .safetensors file"),
+    ],
+)
+def test_a_folder_that_is_no_checkpoint_is_refused(models, tmp_path, files, says):
+    for name, text in files.items():
+        (tmp_path / name).write_text(json.dumps(models["tiny-qwen3"]) if text is None else text)
+    config = load_config("default", [f"policy.model={tmp_path}"])
+    with pytest.raises(ConfigError, match=says):
+        check(config, read_model_config(str(tmp_path)), LAPTOP)
+
+
+def test_all_violations_are_listed_at_once(models):
+    message = refuse(
+        models, ["policy.tensor_parallel=3", "grpo.task=chess", "refit.backend=nccl", "cluster.port=7777"]
+    )
+    assert message.startswith("6 settings cannot work; nothing was started")
+    for key in ("policy.tensor_parallel", "grpo.task", "refit.backend", "cluster.port"):
+        assert f"- {key} = " in message
+
+
+def test_too_little_memory_is_refused_by_the_estimate(models):
+    poor = dataclasses.replace(LAPTOP, available_memory_bytes=2 * 2**30)
+    message = refuse(models, [], poor)
+    assert "2.0 GiB of memory are free" in message
+    assert "is the estimate for this job" in message
+
+
+def test_the_memory_estimate_grows_with_the_model(models):
+    wide = {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "vocab_size": 128256}
+    message = refuse(models, [], dataclasses.replace(LAPTOP, available_memory_bytes=2**40), **wide)
+    assert "is the estimate for this job" in message
+
+
+def test_what_only_a_cpu_cannot_do_passes_with_devices(models):
+    config = load_config(
+        "ep2_moe_to_tp2", ["generation.expert_parallel=2", "refit.backend=nccl", "generation.pipeline_parallel=2"]
+    )
+    check(config, models["tiny-qwen3-moe"], EIGHT_GPUS)
+
+
+def test_engine_experts_must_be_spread_over_all_tensor_ranks(models):
+    message = refuse(
+        models, ["generation.expert_parallel=2", "generation.tensor_parallel=4"], EIGHT_GPUS, "ep2_moe_to_tp2"
+    )
+    assert "generation.expert_parallel = 2" in message
+    assert "Make both equal" in message
+
+
+def test_devices_and_memory_of_an_existing_cluster_are_not_judged_here(models):
+    nothing = Environment(available_memory_bytes=0, num_cuda_devices=0, taken_ports=())
+    config = load_config("default", ["cluster.address=auto", "refit.backend=nccl"])
+    check(config, models["tiny-qwen3"], nothing)
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in CONFIG_FOLDER.glob("*.yaml")))
+def test_every_named_configuration_passes_on_a_laptop(models, name):
+    config = load_config(name)
+    check(config, models[config.policy.model], LAPTOP)
+
+
+def test_a_port_that_is_in_use_is_seen_and_a_free_one_is_not():
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        assert inspect_machine(load_config("default", [f"cluster.port={port}"])).taken_ports == (port,)
+    assert inspect_machine(load_config("default", [f"cluster.port={port}"])).taken_ports == ()
+    assert inspect_machine(load_config("default")).available_memory_bytes > 0
