@@ -21,7 +21,7 @@ from refit.gen_side.staging import Staging, plain
 from refit.gen_side.trace import LoaderTrace
 from refit.plan.manifest import Holding
 from refit.plan.region import Region, first_overlap
-from refit.transfer.digest import MASK, digest
+from refit.transfer.digest import MASK, digest, whole_digest
 from refit.transfer.memory import as_bytes, strided_box
 
 Digests = dict[tuple[str, str], int]
@@ -77,7 +77,7 @@ def observe_staging(model: torch.nn.Module, staging: Staging) -> Loaded:
     return Loaded(
         digests=_tensor_digests(trace, memory),
         unsigned=_tensor_digests(trace, packed),
-        params={name: _whole_digest(tensor) for name, tensor in memory.items()},
+        params={name: whole_digest(tensor) for name, tensor in memory.items()},
         shapes={name: tuple(tensor.shape) for name, tensor in memory.items()},
     )
 
@@ -85,7 +85,7 @@ def observe_staging(model: torch.nn.Module, staging: Staging) -> Loaded:
 def observe_commit(model: torch.nn.Module, loaded: Loaded) -> Committed:
     """Digest live memory right after the commit of `loaded`."""
     live = dict(_live(model))
-    digests = {name: _whole_digest(plain(live[name])) for name in loaded.params if live[name].numel()}
+    digests = {name: whole_digest(plain(live[name])) for name in loaded.params if live[name].numel()}
     same = frozenset(
         name
         for name, value in digests.items()
@@ -103,7 +103,7 @@ def audit(model: torch.nn.Module, trace: LoaderTrace, committed: Committed | Non
         hashes[f"{name} (packed)" if live[name].numel() else name] = _sha256(tensor)
     if committed is None:
         return AuditReport({}, hashes, (), 0, 0, 0)
-    now = {name: _whole_digest(live[name]) for name in committed.live}
+    now = {name: whole_digest(live[name]) for name in committed.live}
     changed = {name for name, value in now.items() if value != committed.live[name]}
     found = _audited_digests(trace, committed, live, packed, now)
     for (tensor, param), value in found.items():
@@ -199,10 +199,6 @@ def _live(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     for module_name, module in model.named_modules():
         for key, tensor in layer_tensors(module).items():
             yield (f"{module_name}.{key}" if module_name else key), tensor
-
-
-def _whole_digest(tensor: torch.Tensor) -> int:
-    return digest(tensor, Region.whole(tuple(tensor.shape)), tuple(tensor.shape))
 
 
 def _sha256(tensor: torch.Tensor) -> str:

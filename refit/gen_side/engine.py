@@ -12,7 +12,7 @@ of every worker, and in the control store, which tells all other ranks at once.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,7 +80,6 @@ class Session:
     endpoint: Endpoint
     trace: LoaderTrace
     gen_rank: int
-    timeout_s: float
 
     @property
     def who(self) -> str:
@@ -167,12 +166,13 @@ class RefitWeightTransferEngine(WeightTransferEngine[RefitInitInfo, RefitUpdateI
         self._staging = Staging.begin(self.model, session.trace)
 
     def _receive(self, update: RefitUpdateInfo) -> None:
-        session, staging = self._require_session(), self._require_staging()
-        report = session.endpoint.move_bulk(staging.params())
-        misc_digests: dict[str, str] = {}
-        if session.endpoint.misc_names:
-            staging.load_misc(_digesting(session.endpoint.receive_misc(), misc_digests))
-        session.endpoint.put_report(update.version, update.attempt, report, misc_digests)
+        endpoint, staging = self._require_session().endpoint, self._require_staging()
+        endpoint.begin(update.version, update.attempt)
+        endpoint.move_bulk(staging.params())
+        if endpoint.misc_names:
+            with endpoint.phase("load misc"):
+                staging.load_misc(endpoint.receive_misc())
+        endpoint.put_report()
         self._update = update
 
     def _finish(self) -> None:
@@ -203,10 +203,10 @@ class RefitWeightTransferEngine(WeightTransferEngine[RefitInitInfo, RefitUpdateI
             manifest = trace.manifest(
                 gen_rank=gen_rank, stage=get_pp_group().rank_in_group, replica=info.replica
             )
-            endpoint = Endpoint.prepare(control, manifest, info.timeout_s)
+            endpoint = Endpoint.prepare(control, manifest, info.timeout_s, self.device)
         except Exception as error:
             raise _tell(control, "prepare", f"gen {gen_rank}", error) from error
-        self._session = Session(control, endpoint, trace, gen_rank, info.timeout_s)
+        self._session = Session(control, endpoint, trace, gen_rank)
 
     def _audit(self, audit_id: str) -> None:
         session = self._require_session()
@@ -216,10 +216,9 @@ class RefitWeightTransferEngine(WeightTransferEngine[RefitInitInfo, RefitUpdateI
     def _decision(self, session: Session) -> tuple[bool, str]:
         """(commit, reason). Without a decision in time, or after any failure, the old version stays."""
         try:
-            decision = session.control.get(f"refit/{self._update.attempt}/decision", session.timeout_s)
-        except RuntimeError as error:
+            return session.endpoint.decision()
+        except RefitFailed as error:
             return False, str(error)
-        return bool(decision["commit"]), str(decision["reason"])
 
     def _require_session(self) -> Session:
         if self._session is None:
@@ -250,16 +249,3 @@ def _tell(control: ControlStore, phase: str, who: str, error: Exception) -> Exce
         return RefitFailed(control.fail(phase, who, f"{type(error).__name__}: {error}"))
     except RuntimeError:
         return error  # the store itself is gone: the local cause is all there is
-
-
-def _digesting(
-    weights: Iterator[tuple[str, torch.Tensor]], digests: dict[str, str]
-) -> Iterator[tuple[str, torch.Tensor]]:
-    """The same tensors, with the digest of each as it was received."""
-    from refit.plan import Region
-    from refit.transfer.digest import digest
-
-    for name, tensor in weights:
-        shape = tuple(tensor.shape)
-        digests[name] = f"{digest(tensor, Region.whole(shape), shape):016x}"
-        yield name, tensor

@@ -17,6 +17,7 @@ from typing import Any
 
 from refit.plan.errors import ConfigError
 from refit.transfer.errors import Failure, RefitFailed, TransportError
+from refit.transfer.protocol import decision_key
 from refit.transfer.rendezvous import ControlStore
 
 CLOSE_S = 20.0
@@ -229,7 +230,7 @@ class Generator:
         if self._control is None:
             raise TransportError("this engine is not prepared for refits: call prepare_refit first")
         try:
-            decision = self._control.get(f"refit/{attempt}/decision", self._timeout_s)
+            decision = self._control.get(decision_key(attempt), self._timeout_s)
         except RuntimeError:
             return False
         return bool(decision["commit"])

@@ -1,0 +1,113 @@
+"""A real vLLM engine refitted through its plug-in, against a fresh engine loaded from the changed checkpoint."""
+
+import pytest
+
+from refit.gen_side.generator import Generator, GenOptions, GenParallel
+from refit.train_side.tiny_models import make_tiny_model
+from tests.gen_side.checkpoints import shifted, tensors_of
+from tests.gen_side.rounds import Rounds
+
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
+
+PROMPTS = [[1, 2, 3, 4, 5], [200, 100, 50], [7] * 12]
+BUILD_S = 400.0
+
+
+def greedy(generator):
+    return [(s.tokens, s.logprobs) for s in generator.generate(PROMPTS, 1, 8, 0.0, 0)]
+
+
+@pytest.fixture(scope="module", params=["tiny-qwen3", "tiny-qwen3-moe"])
+def case(request, tmp_path_factory):
+    """(generator on the start checkpoint, start folder, changed folder, greedy answers of a fresh engine on it)."""
+    folder = tmp_path_factory.mktemp(request.param)
+    start = make_tiny_model(request.param, folder / "start")
+    changed = shifted(start, folder / "changed", seed=1)
+    fresh = Generator.build(changed, GenParallel(), GenOptions(), BUILD_S)
+    goal = greedy(fresh)
+    fresh.close()
+    generator = Generator.build(start, GenParallel(), GenOptions(), BUILD_S)
+    yield generator, start, changed, goal
+    generator.close()
+
+
+def test_answers_after_a_refit_equal_those_of_a_fresh_engine(case):
+    generator, start, changed, goal = case
+    before = greedy(generator)
+    assert before != goal
+    with Rounds(generator, tensors_of(start), 1) as rounds:
+        assert rounds.refit(1, tensors_of(changed))
+        assert generator.weight_version() == 1
+        assert greedy(generator) == goal
+        assert rounds.refit(2, tensors_of(start))
+        assert greedy(generator) == before
+        for version in range(3, 11):
+            assert rounds.refit(version, tensors_of(changed if version % 2 else start))
+        assert greedy(generator) == before
+        assert {s.weight_version for s in generator.generate(PROMPTS, 2, 4, 1.0, 5)} == {10}
+
+
+def test_p2p_golden_and_conventional_refits_leave_equal_bytes(case):
+    generator, start, changed, goal = case
+    hashes = []
+    for version, (whitelist, bulk) in enumerate([(None, "p2p"), (None, "golden"), ((), "p2p")], start=20):
+        options = {} if whitelist is None else {"whitelist": whitelist}
+        with Rounds(generator, tensors_of(start), 1, bulk=bulk, **options) as rounds:
+            assert rounds.refit(version, tensors_of(start))
+            assert rounds.refit(version + 10, tensors_of(changed))
+            assert greedy(generator) == goal
+            (found,) = rounds.audit()
+            assert found["changed"] == []
+            assert found["digests"] == rounds.trained_digests()
+            hashes.append(found["params_sha256"])
+    assert hashes[0] == hashes[1] == hashes[2]
+
+
+def test_a_refused_refit_leaves_the_old_version_serving(case):
+    generator, start, changed, goal = case
+    with Rounds(generator, tensors_of(start), 1) as rounds:
+        assert rounds.refit(40, tensors_of(changed))
+        assert not rounds.refit(41, tensors_of(start), refuse="digests disagree")
+        assert generator.weight_version() == 40
+        assert greedy(generator) == goal
+        assert not rounds.refit(42, tensors_of(start), fail="a trainer died")
+        assert greedy(generator) == goal
+    with Rounds(generator, tensors_of(start), 1) as rounds:
+        assert rounds.refit(43, tensors_of(changed))
+        assert greedy(generator) == goal
+
+
+FLIPS = {
+    "plain": ("model.layers.1.input_layernorm.weight", "model.layers.1.input_layernorm.weight"),
+    "head": ("lm_head.weight", "lm_head.weight"),
+    "packed": ("model.layers.2.self_attn.qkv_proj.weight", "model.layers.2.self_attn.q_proj.weight"),
+}
+
+
+@pytest.mark.parametrize("kind", FLIPS)
+def test_one_flipped_element_after_a_refit_is_found_and_its_tensor_named(case, kind):
+    generator, start, changed, _ = case
+    param, tensor = FLIPS[kind]
+    with Rounds(generator, tensors_of(start), 1) as rounds:
+        assert rounds.refit(50, tensors_of(changed))
+        assert generator.flip_element(param, 3) == 1
+        (found,) = rounds.audit()
+        trained = rounds.trained_digests()
+        assert [name for name in trained if found["digests"][name] != trained[name]] == [tensor]
+        assert param in found["changed"]
+        assert rounds.refit(51, tensors_of(changed))
+        assert rounds.audit()[0]["digests"] == trained
+
+
+def test_a_flipped_expert_is_found(case):
+    generator, start, changed, _ = case
+    with Rounds(generator, tensors_of(start), 1) as rounds:
+        assert rounds.refit(60, tensors_of(changed))
+        param = "model.layers.1.mlp.experts.routed_experts.w2_weight"
+        if generator.flip_element(param, 17) == 0:
+            pytest.skip("a dense model")
+        (found,) = rounds.audit()
+        trained = rounds.trained_digests()
+        wrong = [name for name in trained if found["digests"][name] != trained[name]]
+        assert wrong == ["model.layers.1.mlp.experts.*.down_proj.weight"]
+        assert found["changed"] == [param]
