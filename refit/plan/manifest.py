@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 from math import prod
+from operator import gt, mul, sub
 
 from refit.plan.dtypes import item_bytes
 from refit.plan.errors import PlanError
@@ -69,16 +70,17 @@ class Holding:
 
     def offset_of(self, region: Region) -> int:
         """Flat element of the first element of `region`, which must lie inside this holding's region."""
-        offset = self.offset
-        for start, base, stride in zip(region.starts, self.region.starts, self.strides, strict=True):
-            offset += (start - base) * stride
+        steps: Iterable[int] = map(sub, region.starts, self.region.starts)
+        offset: int = sum(map(mul, steps, self.strides), self.offset)
         return offset
 
     @property
     def last_element(self) -> int:
         """The highest flat element that the box touches; `offset` itself for an empty box."""
+        if self.region.is_empty:
+            return self.offset
         sizes = zip(self.region.shape, self.strides, strict=True)
-        return self.offset + sum(max(0, size - 1) * stride for size, stride in sizes)
+        return self.offset + sum([(size - 1) * stride for size, stride in sizes])
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,8 +158,11 @@ def coalesce_holdings(holdings: Iterable[Holding]) -> tuple[Holding, ...]:
 
     Empty boxes vanish. The result is sorted by tensor, region, param, offset.
     """
+    found = tuple(holdings)
+    if len(found) == 1 and not found[0].region.is_empty:
+        return found
     groups: dict[tuple[str, str], list[Holding]] = {}
-    for holding in holdings:
+    for holding in found:
         if not holding.region.is_empty:
             groups.setdefault((holding.tensor, holding.param), []).append(holding)
     joined: list[Holding] = []
@@ -257,7 +262,7 @@ def _holding_fault(
     if param is None:
         return "its param is not among the params; add a ParamSpec"
     stops = holding.region.stops
-    if len(stops) != len(tensor.shape) or any(a > b for a, b in zip(stops, tensor.shape, strict=True)):
+    if len(stops) != len(tensor.shape) or any(map(gt, stops, tensor.shape)):
         return f"the region does not fit the tensor's shape {tensor.shape}"
     if holding.region.is_empty:
         return None

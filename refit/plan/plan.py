@@ -1,6 +1,7 @@
 """The plan: a pure, deterministic, proven value made from two manifests."""
 
 import hashlib
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -14,7 +15,7 @@ from refit.plan.options import PlanOptions
 from refit.plan.proof import cover_faults
 from refit.plan.rank_plan import RankPlan
 from refit.plan.region import Region
-from refit.plan.schedule import Pieces, StageTotals, Stream, stage_plan
+from refit.plan.schedule import Load, Pieces, StageTotals, Stream, stage_plan
 from refit.plan.sides import Side
 
 PLAN_SCHEMA = 1
@@ -128,7 +129,9 @@ class Plan:
             stream = streams.get(peer)
             if stream is None:
                 stream = streams[peer] = Stream(stripe.holder, stripe.receiver)
-            stream.add(flow, stripe, cut, source.holdings if mine == "train" else target.holdings, mine)
+            holdings = source.holdings if mine == "train" else target.holdings
+            stream.loads.append(Load(stripe.tensor, flow.wire_dtype, cut, holdings))
+            stream.num_bytes += (stripe.stop_row - stripe.first_row) * flow.row_bytes
         return {stage: [streams[peer] for peer in sorted(streams)] for stage, streams in found.items()}
 
     def _stripes(self, mine: str, own: int) -> Iterator[tuple[Flow, Stripe]]:
@@ -231,19 +234,42 @@ def _digest(
     no floats."""
     state = hashlib.sha256(f"refit plan {PLAN_SCHEMA}\n{options!r}\n".encode())
     for side in (train, gen):
-        for rank in side.manifest.ranks:
-            body = side.body_of_rank[rank.rank]
-            state.update(f"{rank.side} {rank.rank} {rank.stage} {rank.replica} {body}\n".encode())
-        for rank in side.bodies:
-            text = "\n".join(
-                f"{held.tensor} {held.region} {held.param} {held.offset} {held.strides}"
-                for held in rank.holdings
+        places = [(rank.rank, rank.stage, rank.replica) for rank in side.manifest.ranks]
+        state.update(_text([side.manifest.side, places, side.body_of_rank]))
+        for body in side.bodies:
+            state.update(
+                _text(
+                    [
+                        (
+                            held.tensor,
+                            held.region.starts,
+                            held.region.stops,
+                            held.param,
+                            held.offset,
+                            held.strides,
+                        )
+                        for held in body.holdings
+                    ]
+                )
             )
-            state.update(text.encode())
-    for tensor in tensors.values():
-        state.update(f"{tensor.name} {tensor.shape} {tensor.dtype} {tensor.kind}\n".encode())
-    for flow in flows:
-        state.update(
-            f"{flow.tensors[0]} {len(flow.tensors)} {flow.region} {flow.copy} {flow.cuts}\n".encode()
+    state.update(_text([(one.name, one.shape, one.dtype, one.kind) for one in tensors.values()]))
+    state.update(
+        _text(
+            [
+                (
+                    flow.tensors[0],
+                    len(flow.tensors),
+                    flow.region.starts,
+                    flow.region.stops,
+                    flow.copy,
+                    flow.cuts,
+                )
+                for flow in flows
+            ]
         )
+    )
     return state.hexdigest()
+
+
+def _text(value: object) -> bytes:
+    return json.dumps(value, separators=(",", ":")).encode()

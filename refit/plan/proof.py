@@ -10,9 +10,11 @@ layers of the argument, each checked once per distinct value:
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
 
 from refit.plan.classify import BULK, Classified
 from refit.plan.flows import Flow
+from refit.plan.match import BoxIndex
 from refit.plan.region import Region, cover_fault, first_overlap, uncovered
 from refit.plan.sides import Entry, Layout, Side
 
@@ -96,27 +98,30 @@ def _entry_faults(flows: Sequence[Flow], gen: Side) -> Iterator[str]:
 
 
 def _source_faults(flows: Sequence[Flow], train: Side) -> Iterator[str]:
-    boxes_of_rank: dict[int, dict[int, list[Region]]] = {}
+    indexes: dict[int, BoxIndex] = {}
     for flow in flows:
         name = f"flow {flow.index} of {flow.tensors[0]!r}"
-        line = flow.num_rows * len(flow.tensors) * len(flow.receivers)
-        rising = all(low <= high for low, high in zip(flow.cuts, flow.cuts[1:], strict=False))
-        if (
-            flow.cuts[0] != 0
-            or flow.cuts[-1] != line
-            or len(flow.cuts) != len(flow.holders) + 1
-            or not rising
-        ):
-            yield f"{name}: rows {flow.cuts} do not deal out 0..{line} once"
-        if flow.num_rows != (flow.region.shape[flow.row_dim] if flow.region.starts else 1):
-            yield f"{name}: {flow.num_rows} rows do not match {flow.region}"
+        yield from (f"{name}: {fault}" for fault in _row_faults(flow))
         layout = train.layouts[flow.tensors[0]]
-        held = boxes_of_rank.get(layout.index)
-        if held is None:
-            held = boxes_of_rank[layout.index] = {}
-            for entry in layout.entries:
-                for rank in entry.ranks:
-                    held.setdefault(rank, []).append(entry.box)
-        for holder in flow.holders:
-            if not any(box.contains(flow.region) for box in held.get(holder, ())):
-                yield f"{name}: train rank {holder} does not hold {flow.region}"
+        index = indexes.get(layout.index)
+        if index is None:
+            index = indexes[layout.index] = BoxIndex.of([entry.box for entry in layout.entries])
+        ranks = [
+            layout.entries[position].ranks
+            for position in index.near(flow.region)
+            if index.boxes[position].contains(flow.region)
+        ]
+        if flow.holders not in ranks:
+            having = {rank for some in ranks for rank in some}
+            for holder in flow.holders:
+                if holder not in having:
+                    yield f"{name}: train rank {holder} does not hold {flow.region}"
+
+
+def _row_faults(flow: Flow) -> Iterator[str]:
+    line = flow.num_rows * len(flow.tensors) * len(flow.receivers)
+    rising = all(low <= high for low, high in pairwise(flow.cuts))
+    if flow.cuts[0] != 0 or flow.cuts[-1] != line or len(flow.cuts) != len(flow.holders) + 1 or not rising:
+        yield f"rows {flow.cuts} do not deal out 0..{line} once"
+    if flow.num_rows != (flow.region.shape[flow.row_dim] if flow.region.starts else 1):
+        yield f"{flow.num_rows} rows do not match {flow.region}"

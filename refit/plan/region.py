@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import prod
+from operator import ge, gt, le, sub
 
 from refit.plan.errors import PlanError
 
@@ -20,9 +21,8 @@ class Region:
             raise PlanError(
                 f"region has {len(self.starts)} starts and {len(self.stops)} stops; they must agree"
             )
-        for start, stop in zip(self.starts, self.stops, strict=True):
-            if not 0 <= start <= stop:
-                raise PlanError(f"region {self.starts}..{self.stops} needs 0 <= start <= stop in every dim")
+        if self.starts and (min(self.starts) < 0 or any(map(gt, self.starts, self.stops))):
+            raise PlanError(f"region {self.starts}..{self.stops} needs 0 <= start <= stop in every dim")
 
     @classmethod
     def whole(cls, shape: Sequence[int]) -> "Region":
@@ -31,30 +31,28 @@ class Region:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return tuple(stop - start for start, stop in zip(self.starts, self.stops, strict=True))
+        return tuple(map(sub, self.stops, self.starts))
 
     @property
     def num_elements(self) -> int:
-        return prod(self.shape)
+        return prod(map(sub, self.stops, self.starts))
 
     @property
     def is_empty(self) -> bool:
-        return any(start == stop for start, stop in zip(self.starts, self.stops, strict=True))
+        return any(map(ge, self.starts, self.stops))
 
     def intersect(self, other: "Region") -> "Region | None":
         """The common box, or None where the two share no element. Both must have the same number of dims."""
         starts = tuple(map(max, self.starts, other.starts))
         stops = tuple(map(min, self.stops, other.stops))
-        if any(start >= stop for start, stop in zip(starts, stops, strict=True)):
+        if any(map(ge, starts, stops)):
             return None
         return Region(starts, stops)
 
     def contains(self, other: "Region") -> bool:
         """True if every element of `other` is in this box."""
-        return other.is_empty or (
-            all(mine <= theirs for mine, theirs in zip(self.starts, other.starts, strict=True))
-            and all(mine >= theirs for mine, theirs in zip(self.stops, other.stops, strict=True))
-        )
+        inside = all(map(le, self.starts, other.starts)) and all(map(ge, self.stops, other.stops))
+        return inside or other.is_empty
 
     def with_dim(self, dim: int, start: int, stop: int) -> "Region":
         """The same box with another interval in one dim."""

@@ -9,7 +9,7 @@ one rank add up to at most bucket_bytes, large pairs advance together, and small
 round.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from refit.plan.dtypes import item_bytes
@@ -88,44 +88,36 @@ class Pieces:
 def cut_at_holdings(box: Region, source: Copy, target: Copy, element_bytes: int) -> tuple[Piece, ...]:
     """Split a box so that each piece lies in one holding of the source and one of the target."""
     found: list[Piece] = []
-    for gen_holding, part in _parts(box, target.holdings):
-        for train_holding, region in _parts(part, source.holdings):
-            found.append(
-                Piece(region, region.shape, region.num_elements * element_bytes, train_holding, gen_holding)
-            )
+    for gen_holding, part in _parts(box, target):
+        for train_holding, region in _parts(part, source):
+            num_bytes = region.num_elements * element_bytes
+            found.append(Piece(region, region.shape, num_bytes, train_holding, gen_holding))
     if sum(piece.num_bytes for piece in found) != box.num_elements * element_bytes:
         raise PlanError(f"box {box} is not fully inside the holdings of its two ends; the plan is broken")
     found.sort(key=lambda piece: piece.region)
     return tuple(found)
 
 
-def _parts(box: Region, holdings: Sequence[Holding]) -> Iterator[tuple[int, Region]]:
-    """Disjoint parts of a box by the first holding that has them."""
+def _parts(box: Region, copy: Copy) -> Iterator[tuple[int, Region]]:
+    """Disjoint parts of a box, each with the first holding that has it."""
     rest: tuple[Region, ...] = (box,)
-    for position, holding in enumerate(holdings):
-        left: list[Region] = []
+    for position, holding in enumerate(copy.holdings):
         for piece in rest:
             common = piece.intersect(holding.region)
-            if common is None:
-                left.append(piece)
-            else:
+            if common is not None:
                 yield position, common
-                left.extend(piece.subtract(common))
-        rest = tuple(left)
-        if not rest:
-            return
+        if copy.overlapping:
+            rest = tuple(part for piece in rest for part in piece.subtract(holding.region))
 
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """One segment before it is placed in a bucket: what to move and where it lives on this rank."""
+    """Pieces of one tensor before they are placed in buckets, with this rank's memory behind each."""
 
     tensor: str
     wire_dtype: str
-    region: Region
-    shape: tuple[int, ...]
-    num_bytes: int
-    holding: Holding
+    pieces: tuple[Piece, ...]
+    holdings: tuple[Holding, ...]
 
 
 @dataclass(slots=True)
@@ -136,15 +128,6 @@ class Stream:
     gen_rank: int
     num_bytes: int = 0
     loads: list[Load] = field(default_factory=list)
-
-    def add(
-        self, flow: Flow, stripe: Stripe, pieces: Sequence[Piece], holdings: Sequence[Holding], mine: str
-    ) -> None:
-        for piece in pieces:
-            holding = holdings[piece.train_holding if mine == "train" else piece.gen_holding]
-            load = Load(stripe.tensor, flow.wire_dtype, piece.region, piece.shape, piece.num_bytes, holding)
-            self.loads.append(load)
-            self.num_bytes += piece.num_bytes
 
 
 def stage_plan(
@@ -157,7 +140,7 @@ def stage_plan(
         phase = totals.phase(stream.train_rank, stream.gen_rank, options.peers_per_round)
         quota = totals.quota(stream.train_rank, stream.gen_rank, stream.num_bytes, options)
         peer = num_train + stream.gen_rank if mine == "train" else stream.train_rank
-        for number, bucket in enumerate(_buckets(peer, stream.loads, quota)):
+        for number, bucket in enumerate(_buckets(peer, mine, stream.loads, quota)):
             by_round.setdefault(number * num_phases + phase, []).append(bucket)
     rounds: list[Round] = []
     for index, buckets in sorted(by_round.items()):
@@ -167,37 +150,27 @@ def stage_plan(
     return StagePlan(totals.stage, group, tuple(rounds))
 
 
-def _buckets(peer: int, loads: Sequence[Load], quota: int) -> Iterator[Bucket]:
+def _buckets(peer: int, mine: str, loads: Sequence[Load], quota: int) -> Iterator[Bucket]:
     segments: list[Segment] = []
     end = 0
     for load in loads:
-        for segment, num_bytes in _cut_to_fit(load, quota):
-            if segments and end + num_bytes > quota:
-                yield Bucket(peer, end, tuple(segments))
-                segments, end = [], 0
-            region, shape, offset = segment
-            segments.append(
-                Segment(
-                    load.tensor,
-                    region,
-                    load.holding.param,
-                    offset,
-                    shape,
-                    load.holding.strides,
-                    load.wire_dtype,
-                    end,
-                )
-            )
-            end += -(-num_bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+        tensor, dtype, element_bytes = load.tensor, load.wire_dtype, item_bytes(load.wire_dtype)
+        for piece in load.pieces:
+            held = load.holdings[piece.train_holding if mine == "train" else piece.gen_holding]
+            for region, shape, num_bytes in _fitting(piece, quota, element_bytes):
+                if segments and end + num_bytes > quota:
+                    yield Bucket(peer, end, tuple(segments))
+                    segments, end = [], 0
+                offset = held.offset_of(region)
+                segments.append(Segment(tensor, region, held.param, offset, shape, held.strides, dtype, end))
+                end += -(-num_bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
     if segments:
         yield Bucket(peer, end, tuple(segments))
 
 
-def _cut_to_fit(load: Load, quota: int) -> Iterator[tuple[tuple[Region, tuple[int, ...], int], int]]:
-    """The load as boxes that each fit an empty bucket, with this rank's offset and the bytes."""
-    if load.num_bytes <= quota:
-        yield (load.region, load.shape, load.holding.offset_of(load.region)), load.num_bytes
-        return
-    element_bytes = item_bytes(load.wire_dtype)
-    for region in split_rows(load.region, quota // element_bytes):
-        yield (region, region.shape, load.holding.offset_of(region)), region.num_elements * element_bytes
+def _fitting(piece: Piece, quota: int, element_bytes: int) -> Iterable[tuple[Region, tuple[int, ...], int]]:
+    """The piece as boxes that each fit an empty bucket: box, shape, bytes."""
+    if piece.num_bytes <= quota:
+        return ((piece.region, piece.shape, piece.num_bytes),)
+    parts = split_rows(piece.region, quota // element_bytes)
+    return ((part, part.shape, part.num_elements * element_bytes) for part in parts)

@@ -17,11 +17,13 @@ class Copy:
 
     A generator that keeps a tensor twice (tied embeddings in separate memory) has two copies, each to be
     filled. `pattern` numbers the tuple of holding regions, so equal patterns share their matching.
+    `overlapping` is True if two holdings share elements, which only trainers may.
     """
 
     boxes: tuple[Region, ...]
     holdings: tuple[Holding, ...]
     pattern: int
+    overlapping: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,16 +120,24 @@ class _Copies:
 
     overlaps_are_copies: bool
     patterns: dict[tuple[Region, ...], int] = field(default_factory=dict)
+    overlapping: list[bool] = field(default_factory=list)
     splits: dict[tuple[Region, ...], tuple[tuple[int, ...], ...]] = field(default_factory=dict)
     boxes: dict[tuple[Region, ...], tuple[Region, ...]] = field(default_factory=dict)
 
     def of_body(self, body: RankManifest) -> dict[str, tuple[Copy, ...]]:
         by_tensor: dict[str, list[Holding]] = {}
-        for holding in coalesce_holdings(body.holdings):
+        for holding in body.holdings:
             by_tensor.setdefault(holding.tensor, []).append(holding)
-        return {tensor: self._of_tensor(holdings) for tensor, holdings in by_tensor.items()}
+        return {
+            tensor: copies
+            for tensor, holdings in by_tensor.items()
+            if (copies := self._of_tensor(coalesce_holdings(holdings)))
+        }
 
     def _of_tensor(self, holdings: Sequence[Holding]) -> tuple[Copy, ...]:
+        """Copies of one tensor; none if it is held only as empty boxes."""
+        if not holdings:
+            return ()
         regions = tuple(holding.region for holding in holdings)
         if not self.overlaps_are_copies:
             return (self._copy(regions, tuple(holdings)),)
@@ -142,7 +152,11 @@ class _Copies:
         boxes = self.boxes.get(regions)
         if boxes is None:
             boxes = self.boxes[regions] = merge_adjacent(disjoint(regions))
-        return Copy(boxes, holdings, self.patterns.setdefault(regions, len(self.patterns)))
+        pattern = self.patterns.setdefault(regions, len(self.patterns))
+        if pattern == len(self.overlapping):
+            num_held = sum(region.num_elements for region in regions)
+            self.overlapping.append(num_held != sum(box.num_elements for box in boxes))
+        return Copy(boxes, holdings, pattern, self.overlapping[pattern])
 
 
 def _split_overlaps(regions: tuple[Region, ...]) -> tuple[tuple[int, ...], ...]:

@@ -1,0 +1,1 @@
+"""Manifests from an HF config and a parallelism string: no weights, no frameworks."""
