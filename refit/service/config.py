@@ -86,6 +86,7 @@ class RefitConfig:
     num_streams: int = 2
     timeout_s: float = 120.0
     verify_every: int = 10
+    force_misc: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

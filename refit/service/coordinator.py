@@ -191,13 +191,21 @@ class Coordinator:
         return list(enumerate(actors))
 
 
+def whitelist_of(config: JobConfig) -> tuple[str, ...]:
+    """Patterns of tensors that may be bulk. The conventional refit is the same path with none: all tensors are misc."""
+    if not config.policy.nccl_xfer_refit:
+        return ()
+    if not config.refit.force_misc:
+        return DEFAULT_WHITELIST
+    excluded = "|".join(f"(?:{pattern})" for pattern in config.refit.force_misc)
+    return tuple(rf"(?!(?:{excluded})\Z)(?:{pattern})" for pattern in DEFAULT_WHITELIST)
+
+
 def _terms(config: JobConfig) -> Terms:
-    """The conventional refit is the same path with an empty whitelist: every tensor is misc."""
-    whitelist = DEFAULT_WHITELIST if config.policy.nccl_xfer_refit else ()
     return Terms(
         num_train=config.policy.world_size,
         num_gen=config.generation.world_size,
-        options=PlanOptions(bucket_bytes=config.refit.buffer_bytes, whitelist=whitelist),
+        options=PlanOptions(bucket_bytes=config.refit.buffer_bytes, whitelist=whitelist_of(config)),
         backend=config.refit.backend,
         bulk=config.refit.bulk,
         num_streams=config.refit.num_streams,

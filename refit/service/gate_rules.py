@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -115,6 +116,16 @@ def names(case: Case) -> Iterator[Violation]:
     ):
         if value not in known:
             yield Violation(key, value, "it is not supported", f"Use one of {', '.join(known)}")
+
+
+def patterns(case: Case) -> Iterator[Violation]:
+    """Patterns are regular expressions."""
+    for pattern in case.config.refit.force_misc:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            problem = f"it is not a regular expression: {error}"
+            yield Violation("refit.force_misc", pattern, problem, "Write one that matches whole tensor names")
 
 
 def model_folder(case: Case) -> Iterator[Violation]:
@@ -349,6 +360,7 @@ def _within(key: str, value: float, low: float, high: float | None) -> Iterator[
 
 RULES: tuple[Rule, ...] = (
     names,
+    patterns,
     model_folder,
     model_form,
     heads,
