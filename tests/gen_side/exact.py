@@ -127,3 +127,14 @@ def exact(rank, address, parallel, dtype, start, coded, rounds=2):
         "partial": sorted(trace.partial),
         "params": list(goal),
     }
+
+
+def fresh_hashes(rank, address, parallel, dtype, folder):
+    """Hash of every live parameter of a rank that vLLM has just loaded from `folder`."""
+    join_ranks(folder, parallel, dtype, rank, address)
+    from vllm.config import set_current_vllm_config
+
+    worker = load(folder, parallel, dtype, rank)
+    with set_current_vllm_config(worker.config):
+        trace = trace_loader(worker.model, read_hf_shapes(folder))
+        return dict(audit(worker.model, trace, None).params_sha256)

@@ -1,0 +1,90 @@
+"""A two-rank engine: two worker processes of vLLM's own, refitted, failed, and closed without a trace."""
+
+import os
+
+import psutil
+import pytest
+
+from refit.gen_side.generator import Generator, GenOptions, GenParallel
+from refit.train_side.tiny_models import make_tiny_model
+from refit.transfer.errors import RefitFailed
+from tests.gen_side.checkpoints import shifted, tensors_of
+from tests.gen_side.exact import fresh_hashes
+from tests.gen_side.farm import run_ranks
+from tests.gen_side.rounds import Rounds
+from tests.gen_side.test_engine import BUILD_S, greedy
+
+pytestmark = [pytest.mark.vllm, pytest.mark.processes, pytest.mark.timeout(600)]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tp2")
+    start = make_tiny_model("tiny-qwen3", folder / "start")
+    return start, shifted(start, folder / "changed", seed=1)
+
+
+@pytest.fixture(scope="module", params=[GenParallel(tensor=2)], ids=["tp2"])
+def engine(request, folders):
+    generator = Generator.build(folders[0], request.param, GenOptions(), BUILD_S)
+    yield generator, request.param
+    workers = list(generator._children)
+    generator.close()
+    assert workers and not any(worker.is_running() for worker in workers)
+
+
+def test_both_ranks_hold_what_a_fresh_load_holds_after_two_refits(engine, folders):
+    generator, parallel = engine
+    start, changed = folders
+    before = greedy(generator)
+    with Rounds(generator, tensors_of(start), parallel.num_ranks) as rounds:
+        assert rounds.refit(1, tensors_of(changed))
+        after = greedy(generator)
+        assert rounds.refit(2, tensors_of(start))
+        assert greedy(generator) == before != after
+        assert rounds.refit(3, tensors_of(changed))
+        assert greedy(generator) == after
+        audits = rounds.audit()
+    fresh = run_ranks(parallel.num_ranks, fresh_hashes, parallel, "bfloat16", changed)
+    assert [found["params_sha256"] for found in audits] == fresh
+
+
+def test_one_flipped_element_on_one_rank_is_found_on_that_rank(engine, folders):
+    generator, parallel = engine
+    with Rounds(generator, tensors_of(folders[0]), parallel.num_ranks) as rounds:
+        assert rounds.refit(10, tensors_of(folders[1]))
+        clean = rounds.audit()
+        assert generator.flip_element("model.layers.0.mlp.gate_up_proj.weight", 5, worker=1) == 1
+        found = rounds.audit()
+        assert found[0] == clean[0]
+        wrong = [n for n in clean[1]["digests"] if clean[1]["digests"][n] != found[1]["digests"][n]]
+        assert wrong == ["model.layers.0.mlp.gate_proj.weight"]
+
+
+def test_a_failed_staging_leaves_the_engine_serving_and_ready_for_the_next(engine, folders):
+    generator, parallel = engine
+    start, changed = folders
+    with Rounds(generator, tensors_of(start), parallel.num_ranks) as rounds:
+        assert rounds.refit(20, tensors_of(changed))
+        goal = greedy(generator)
+        rounds.control.fail("bulk", "train 0", "the trainer ran out of memory")
+        with pytest.raises(RefitFailed, match="out of memory"):
+            generator.stage(21, 99)
+        assert not generator.finish(21, 99)
+        assert generator.weight_version() == 20
+        assert greedy(generator) == goal
+    with Rounds(generator, tensors_of(start), parallel.num_ranks) as rounds:
+        assert not rounds.refit(22, tensors_of(start), refuse="digests disagree")
+        assert greedy(generator) == goal
+        assert rounds.refit(23, tensors_of(changed))
+        assert greedy(generator) == goal
+
+
+def test_an_engine_that_cannot_be_built_leaves_no_process(tmp_path):
+    folder = make_tiny_model(
+        "tiny-qwen3", tmp_path / "odd", overrides={"num_attention_heads": 3, "num_key_value_heads": 3}
+    )
+    before = set(psutil.Process(os.getpid()).children(recursive=True))
+    with pytest.raises(Exception, match=r"heads|divisible"):
+        Generator.build(folder, GenParallel(tensor=2), GenOptions(), BUILD_S)
+    assert set(psutil.Process(os.getpid()).children(recursive=True)) <= before
