@@ -3,13 +3,15 @@
 Written for megatron-core 0.19 and megatron-bridge 0.6; `require_versions` refuses others rather than patch
 them blindly. With CUDA every function here changes nothing.
 
-Four facts are answered:
-1. `megatron.bridge.peft.lora_layers` imports Transformer Engine unconditionally. That module, and no other,
-   gets a placeholder while Bridge is imported; all others still see that there is no Transformer Engine.
+What is answered:
+1. `megatron.bridge.peft.lora_layers` imports Transformer Engine unconditionally, and Megatron's Mamba mixer
+   cannot be constructed without mamba_ssm. These modules, and no other, get placeholders while Bridge is
+   imported; all others still see that there is neither.
 2. `torch.cuda.current_device()` and friends are asked for a device, a stream or a random state.
 3. Tensors are made with `device="cuda"` (default attention mask, token counters, gradient norms).
 4. `CudaRNGStatesTracker.fork` swaps the CUDA generator.
-Points 2 to 4 hold inside `with cpu_megatron():` only.
+5. Specs of MTP layers and Mamba hybrids name parts of Transformer Engine.
+Points 2 to 5 hold inside `with cpu_megatron():` only.
 """
 
 from __future__ import annotations
@@ -29,7 +31,6 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 SUPPORTED_VERSIONS = {"megatron-core": "0.19.", "megatron-bridge": "0.6."}
-_NEEDS_TRANSFORMER_ENGINE = "megatron.bridge.peft.lora_layers"
 
 
 def require_versions() -> None:
@@ -42,14 +43,43 @@ def require_versions() -> None:
             )
 
 
-def _transformer_engine_placeholder() -> types.ModuleType:
-    engine = types.ModuleType("transformer_engine")
-    engine.pytorch = types.SimpleNamespace(
-        Linear=type("Linear", (), {}),
-        LayerNormLinear=type("LayerNormLinear", (), {}),
-        ops=types.SimpleNamespace(Sequential=type("Sequential", (), {})),
+def _cuda_only(*_: Any, **__: Any) -> Any:
+    raise NotImplementedError("Mamba layers can be built, loaded and refitted on a CPU, but not run")
+
+
+class _GatedNorm(torch.nn.Module):
+    """Stands for mamba_ssm's gated RMSNorm: the same parameter, no forward."""
+
+    def __init__(self, hidden_size: int, *, device: Any = None, dtype: Any = None, **_: Any) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(hidden_size, device=device, dtype=dtype))
+
+    forward = _cuda_only
+
+
+def _placeholders() -> dict[tuple[str, str], Any]:
+    """What `import NAME` gives to MODULE, by (MODULE, NAME), where the package is not installed."""
+    engine = types.SimpleNamespace(
+        pytorch=types.SimpleNamespace(
+            Linear=type("Linear", (), {}),
+            LayerNormLinear=type("LayerNormLinear", (), {}),
+            ops=types.SimpleNamespace(Sequential=type("Sequential", (), {})),
+        )
     )
-    return engine
+    kernels = types.SimpleNamespace(
+        mamba_chunk_scan_combined=_cuda_only, mamba_split_conv1d_scan_combined=_cuda_only
+    )
+    mixer, triton = "megatron.core.ssm.mamba_mixer", "mamba_ssm.ops.triton"
+    wanted = {
+        ("megatron.bridge.peft.lora_layers", "transformer_engine.pytorch"): engine,
+        (mixer, f"{triton}.layernorm_gated"): types.SimpleNamespace(RMSNorm=_GatedNorm),
+        (mixer, f"{triton}.ssd_combined"): kernels,
+    }
+    return {
+        key: module
+        for key, module in wanted.items()
+        if importlib.util.find_spec(key[1].partition(".")[0]) is None
+    }
 
 
 @functools.cache
@@ -57,17 +87,22 @@ def import_bridge() -> types.ModuleType:
     """Import and return `megatron.bridge` (10 to 40 s). Whatever imports it in this package calls this."""
     require_versions()
     logging.getLogger("megatron").setLevel(logging.ERROR)  # it logs every parameter of every rank otherwise
-    if importlib.util.find_spec("transformer_engine") is not None:
-        return importlib.import_module("megatron.bridge")
-    placeholder, real_import = _transformer_engine_placeholder(), builtins.__import__
+    placeholders, real_import = _placeholders(), builtins.__import__
 
-    def import_with_placeholder(name: str, globals_: Any = None, *rest: Any, **named: Any) -> Any:
-        importer = (globals_ or named.get("globals") or {}).get("__name__")
-        if name == "transformer_engine.pytorch" and importer == _NEEDS_TRANSFORMER_ENGINE:
-            return placeholder
-        return real_import(name, globals_, *rest, **named) if not named else real_import(name, **named)
+    # The parameters are called as builtins.__import__ calls them: jinja2 passes them by name.
+    def import_with_placeholders(
+        name: str,
+        globals: Any = None,  # noqa: A002
+        locals: Any = None,  # noqa: A002
+        fromlist: Any = (),
+        level: int = 0,
+    ) -> Any:
+        key = ((globals or {}).get("__name__", ""), name)
+        if key in placeholders:
+            return placeholders[key]
+        return real_import(name, globals, locals, fromlist, level)
 
-    with mock.patch.object(builtins, "__import__", import_with_placeholder):
+    with mock.patch.object(builtins, "__import__", import_with_placeholders):
         return importlib.import_module("megatron.bridge")
 
 
@@ -117,8 +152,10 @@ def cpu_megatron() -> Iterator[None]:
         return
     from megatron.core.tensor_parallel.random import CudaRNGStatesTracker
 
+    from refit.train_side.local_layers import without_transformer_engine
+
     no_fork = mock.patch.object(CudaRNGStatesTracker, "fork", lambda *_, **__: contextlib.nullcontext())
-    with no_fork, mock.patch.multiple(torch.cuda, **_CPU_TORCH_CUDA), _OnCpu():
+    with without_transformer_engine(), no_fork, mock.patch.multiple(torch.cuda, **_CPU_TORCH_CUDA), _OnCpu():
         yield
 
 

@@ -12,7 +12,8 @@ class TrainParallel:
 
     `expert` and `expert_tensor` cut the experts over the same ranks: `expert * expert_tensor` divides
     `tensor * data`. Ranks are ordered as Megatron orders them: tensor fastest, then data, pipeline slowest.
-    `first_stage_layers` / `last_stage_layers` override an even split (None: even).
+    `first_stage_layers` / `last_stage_layers` override an even split (None: even). The vocabulary is padded to a
+    multiple of `tensor * vocab_multiple` (None: as little as Bridge does).
     """
 
     tensor: int = 1
@@ -23,6 +24,7 @@ class TrainParallel:
     expert_tensor: int = 1
     first_stage_layers: int | None = None
     last_stage_layers: int | None = None
+    vocab_multiple: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("tensor", "pipeline", "expert", "data", "virtual_pipeline", "expert_tensor"):

@@ -51,8 +51,77 @@ def _qwen3_moe(overrides: Mapping[str, Any]) -> Any:
     return Qwen3MoeConfig(**{**_COMMON, **sizes, **experts, **overrides})
 
 
+def _qwen25(overrides: Mapping[str, Any]) -> Any:
+    from transformers import Qwen2Config  # Qwen2.5 is a Qwen2: biases on q, k, v
+
+    sizes = {"num_hidden_layers": 4, "intermediate_size": 256, "num_key_value_heads": 2}
+    return Qwen2Config(**{**_COMMON, **sizes, **overrides})
+
+
+def _llama(overrides: Mapping[str, Any]) -> Any:
+    from transformers import LlamaConfig
+
+    sizes = {"num_hidden_layers": 4, "intermediate_size": 256, "num_key_value_heads": 2, "head_dim": 32}
+    return LlamaConfig(**{**_COMMON, **sizes, **overrides})
+
+
+def _deepseek_v3(overrides: Mapping[str, Any]) -> Any:
+    from transformers import DeepseekV3Config
+
+    sizes = {
+        "num_hidden_layers": 3,
+        "first_k_dense_replace": 1,
+        "intermediate_size": 256,
+        "num_key_value_heads": 4,
+        "q_lora_rank": 64,
+        "kv_lora_rank": 64,
+        "qk_nope_head_dim": 32,
+        "qk_rope_head_dim": 32,
+        "v_head_dim": 32,
+        "n_routed_experts": 8,
+        "num_experts_per_tok": 2,
+        "n_shared_experts": 2,
+        "moe_intermediate_size": 64,
+        "n_group": 2,
+        "topk_group": 1,
+        "topk_method": "noaux_tc",  # vLLM makes the correction bias only if it is told so
+        "num_nextn_predict_layers": 0,
+    }
+    return DeepseekV3Config(**{**_COMMON, **sizes, **overrides})
+
+
+def _nemotron_h(overrides: Mapping[str, Any]) -> Any:
+    from transformers import NemotronHConfig
+
+    sizes = {
+        "layers_block_type": ["mamba", "moe", "attention", "mlp", "mamba", "moe"],
+        "intermediate_size": 256,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "mamba_num_heads": 8,
+        "mamba_head_dim": 32,
+        "n_groups": 4,
+        "ssm_state_size": 16,
+        "conv_kernel": 4,
+        "chunk_size": 16,
+        "n_routed_experts": 8,
+        "num_experts_per_tok": 2,
+        "n_shared_experts": 1,
+        "moe_intermediate_size": 64,
+        "moe_shared_expert_intermediate_size": 128,
+    }
+    return NemotronHConfig(**{**_COMMON, **sizes, **overrides})
+
+
 TINY_MODELS: Mapping[str, Callable[[Mapping[str, Any]], Any]] = MappingProxyType(
-    {"tiny-qwen3": _qwen3, "tiny-qwen3-moe": _qwen3_moe}
+    {
+        "tiny-qwen3": _qwen3,
+        "tiny-qwen3-moe": _qwen3_moe,
+        "tiny-qwen2.5": _qwen25,
+        "tiny-llama": _llama,
+        "tiny-deepseek-v3": _deepseek_v3,
+        "tiny-nemotron-h": _nemotron_h,
+    }
 )
 
 
@@ -87,7 +156,19 @@ def make_tiny_model(
     path = Path(folder)
     path.mkdir(parents=True, exist_ok=True)
     model.to(getattr(torch, dtype)).save_pretrained(path)
+    _correct_names(path)
     return path
+
+
+def _correct_names(folder: Path) -> None:
+    """Undo what transformers 5.12 misnames: Nemotron-H's published checkpoints say `embeddings`."""
+    from safetensors.torch import load_file, save_file
+
+    file = folder / "model.safetensors"
+    weights = load_file(file)
+    if "backbone.embedding.weight" in weights:
+        weights["backbone.embeddings.weight"] = weights.pop("backbone.embedding.weight")
+        save_file(weights, file, metadata={"format": "pt"})
 
 
 if __name__ == "__main__":

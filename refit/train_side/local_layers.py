@@ -1,0 +1,96 @@
+"""Megatron's layers without Transformer Engine, for CPUs: specs of GPT, MLA, MTP and Mamba hybrid models.
+
+Written for megatron-core 0.19. The specs are Megatron's own; what they lack on a CPU is added here: an attention
+core for MLA's two head sizes, and MTP layers that are not Transformer Engine's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+from unittest import mock
+
+
+def spec_settings(provider: Any) -> dict[str, Any]:
+    """The provider fields that make it build local layers."""
+    if hasattr(provider, "hybrid_stack_spec"):
+        return {"hybrid_stack_spec": hybrid_spec}
+    return {"transformer_layer_spec": decoder_spec}
+
+
+def decoder_spec(config: Any, vp_stage: int | None = None) -> Any:
+    """The decoder layers of this rank's stage, of any GPT family."""
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+
+    block = get_gpt_decoder_block_spec(
+        config, use_transformer_engine=False, normalization=config.normalization, vp_stage=vp_stage
+    )
+    if config.multi_latent_attention:
+        block.layer_specs = [_with_mla_core(layer) for layer in block.layer_specs]
+    return block
+
+
+def mtp_spec(config: Any, vp_stage: int | None = None) -> Any:
+    """The multi-token prediction layers of this rank's stage, or None. Takes the place of Bridge's own."""
+    if not config.mtp_num_layers:
+        return None
+    from megatron.core.models.gpt.gpt_layer_specs import (
+        get_gpt_decoder_layer_specs,
+        get_gpt_mtp_block_spec,
+    )
+
+    layers = get_gpt_decoder_layer_specs(
+        config, use_transformer_engine=False, normalization=config.normalization
+    )
+    layer = _with_mla_core(layers[-1]) if config.multi_latent_attention else layers[-1]
+    return get_gpt_mtp_block_spec(config, layer, use_transformer_engine=False, vp_stage=vp_stage)
+
+
+def hybrid_spec(config: Any) -> Any:
+    """The layers of a Mamba hybrid."""
+    from megatron.core.post_training.modelopt.hybrid.model_specs import get_hybrid_stack_modelopt_spec
+
+    return get_hybrid_stack_modelopt_spec(local_core_attention=True, moe_grouped_gemm=config.moe_grouped_gemm)
+
+
+@contextlib.contextmanager
+def without_transformer_engine() -> Iterator[None]:
+    """Puts local parts where Bridge and Megatron name Transformer Engine's, whatever the spec says."""
+    from megatron.bridge.models import gpt_provider
+    from megatron.core.models.hybrid import hybrid_block
+    from megatron.core.post_training.modelopt.hybrid import model_specs
+    from megatron.core.transformer.torch_norm import WrappedTorchNorm
+
+    with (
+        mock.patch.object(gpt_provider, "mtp_block_spec", mtp_spec),
+        mock.patch.object(hybrid_block, "TENorm", WrappedTorchNorm),
+        mock.patch.object(model_specs, "Norm", WrappedTorchNorm),
+    ):
+        yield
+
+
+def _with_mla_core(layer: Any) -> Any:
+    attention = layer.submodules.self_attention
+    core = replace(attention.submodules, core_attention=mla_core_attention())
+    return replace(
+        layer,
+        submodules=replace(layer.submodules, self_attention=replace(attention, submodules=core)),
+    )
+
+
+@functools.cache
+def mla_core_attention() -> type:
+    """Megatron's DotProductAttention for keys and values of different head sizes."""
+    from megatron.core.transformer.dot_product_attention import DotProductAttention
+
+    class MlaDotProductAttention(DotProductAttention):
+        # MLA builds one core without the sizes first, and throws it away.
+        def __init__(self, *args: Any, k_channels: int = 1, v_channels: int = 1, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            self.hidden_size_per_attention_head = k_channels
+            self.hidden_size_per_partition = v_channels * self.num_attention_heads_per_partition
+
+    return MlaDotProductAttention
