@@ -15,7 +15,12 @@ from multiprocessing.connection import Connection, wait
 from types import TracebackType
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["torch", "torch.distributed"])
+CONTEXT.set_forkserver_preload(
+    ["pytest", "torch.distributed", "refit.transfer.endpoint", "refit.transfer.xferdtensor"]
+)
+os.environ.setdefault(
+    "TORCH_CPP_LOG_LEVEL", "FATAL"
+)  # lost connections are expected here; torch prints each at length
 
 
 @dataclass(frozen=True, slots=True)

@@ -199,10 +199,11 @@ class Endpoint:
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Run a step of a refit. Any exception in it ends the refit for everybody and comes out as RefitFailed."""
-        self._phase = name
+        outer, self._phase = self._phase, name
         self._watch.doing(name)
         try:
             yield
+            self._phase = outer
         except RefitFailed:
             raise
         except Exception as error:

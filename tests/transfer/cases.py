@@ -58,7 +58,7 @@ def make_case(
 
 
 def full_tensor(spec: TensorSpec, stored: str, seed: int, version: int) -> torch.Tensor:
-    """The contents of one tensor at one version, in the trainer's dtype: any bits, or normal floats if a cast follows."""
+    """One tensor at one version, in the dtype of the trainer: any bits, or normal floats if a cast follows."""
     generator = torch.Generator().manual_seed(zlib.crc32(f"{spec.name} {seed} {version}".encode()))
     if stored != spec.dtype:
         return torch.randn(spec.shape, generator=generator).to(torch_dtype(stored))

@@ -16,6 +16,8 @@ from refit.transfer.protocol import (
 )
 from refit.transfer.rendezvous import ControlStore
 
+PREPARE_S = 60.0  # a loaded machine starts processes slowly
+
 
 def prepare(
     control: ControlStore,
@@ -27,19 +29,19 @@ def prepare(
     num_streams: int = 2,
     timeout_s: float = 30.0,
 ) -> None:
-    """Lead `num_train + num_gen` endpoints through prepare."""
+    """Lead `num_train + num_gen` endpoints through prepare. `timeout_s` is the one of the refits to come."""
     sides = []
     for side, count in (("train", num_train), ("gen", num_gen)):
-        texts = [control.get(describe_key(side, rank), timeout_s) for rank in range(count)]
+        texts = [control.get(describe_key(side, rank), PREPARE_S) for rank in range(count)]
         sides.append(Manifest(side, tuple(decode_rank_manifest(str(text)) for text in texts)))
     plan = build_plan(sides[0], sides[1], options)
     inputs = Inputs(sides[0], sides[1], options, "gloo", bulk, num_streams, timeout_s, plan.digest)
     control.put(INPUTS, inputs.message())
     for rank in range(num_train + num_gen):
-        assert control.get(digest_key(rank), timeout_s) == plan.digest
+        assert control.get(digest_key(rank), PREPARE_S) == plan.digest
     control.put(GO, OK)
     for rank in range(num_train + num_gen):
-        control.get(ready_key(rank), timeout_s)
+        control.get(ready_key(rank), PREPARE_S)
 
 
 def reports(

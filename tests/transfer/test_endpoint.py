@@ -23,7 +23,7 @@ def refit_rank(rank: int, port: int, runs: list[tuple[str, int, Case, int]]) -> 
     for run_id, seed, case, versions in runs:
         control = ControlStore.join("127.0.0.1", port, run_id)
         manifest = case.manifest(rank)
-        endpoint = Endpoint.prepare(control, manifest, 30.0)
+        endpoint = Endpoint.prepare(control, manifest, 60.0)
         params = empty_params(manifest)
         for version in range(versions):
             if manifest.side == "train":
