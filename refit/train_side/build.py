@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from refit.train_side import cpu_compat
+from refit.train_side import cpu_compat, gtp
 from refit.train_side.options import TrainOptions, TrainParallel
 from refit.train_side.provider import configure, none_if_one
 
@@ -49,6 +49,8 @@ def open_process_groups(
         virtual_pipeline_model_parallel_size=none_if_one(parallel.virtual_pipeline),
         expert_model_parallel_size=parallel.expert,
         expert_tensor_parallel_size=parallel.expert_tensor,
+        gtp_remat_size=parallel.gtp,
+        expert_gtp_remat_size=parallel.expert_gtp,
         distributed_timeout_minutes=max(1, math.ceil(timeout_s / 60)),
         create_gloo_process_groups=False,
     )
@@ -75,7 +77,7 @@ def build_model(
     bridge = bridge_package.AutoBridge.from_hf_pretrained(str(model_dir))
     provider = bridge.to_megatron_provider(load_weights=True)
     configure(provider, parallel, options)
-    with cpu_compat.cpu_megatron():
+    with cpu_compat.cpu_megatron(), gtp.sharded_after_loading(provider):
         chunks = provider.provide_distributed_model(
             ddp_config=_ddp_config(),
             wrap_with_ddp=trainable,

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from refit.train_side import cpu_compat
 from refit.train_side.build import BuiltModel
+from refit.train_side.gtp import WholeWeights
 from refit.train_side.lowering import LoweredModel
 
 
@@ -21,7 +22,7 @@ def export(
     unknown = set() if wanted is None else wanted - set(lowered.hf_shapes)
     if unknown:
         raise KeyError(f"the model has no HF tensors {sorted(unknown)}")
-    tasks = lowered.tasks_for(wanted)
+    tasks = WholeWeights(lowered.tasks_for(wanted))
     stream = model.bridge.export_hf_weights(model.chunks, show_progress=False, conversion_tasks=tasks)
     yield from _clipped(cpu_compat.stepwise(iter(stream)), lowered, wanted)
 

@@ -123,7 +123,7 @@ class _OnCpu(TorchFunctionMode):
 
 
 class _NoStream:
-    """Stands for every CUDA stream: work on the CPU is in order already."""
+    """Stands for every CUDA stream and event: work on the CPU is in order already."""
 
     def __init__(self, *_: Any, **__: Any) -> None: ...
 
@@ -133,12 +133,15 @@ class _NoStream:
 
     def synchronize(self) -> None: ...
 
+    def record(self, *_: Any) -> None: ...
+
 
 _CPU_TORCH_CUDA = {
     "current_device": lambda: torch.device("cpu"),
     "synchronize": lambda *_: None,
     "empty_cache": lambda: None,
     "Stream": _NoStream,
+    "Event": _NoStream,
     "current_stream": _NoStream,
     "stream": lambda _: contextlib.nullcontext(),
 }

@@ -27,8 +27,9 @@ from refit.plan import (
 )
 from refit.train_side.build import BuiltModel
 from refit.train_side.export_changes import refuse_changes
+from refit.train_side.gtp import is_shard, local_param
 from refit.train_side.hf_folder import tensor_shapes
-from refit.train_side.pieces import CannotLowerError, HfTensor, LocalParam, holdings_of
+from refit.train_side.pieces import CannotLowerError, HfTensor, holdings_of
 from refit.train_side.rules import Subject, rules
 
 
@@ -140,7 +141,7 @@ class LoweredModel:
         rule = rules().get(type(task.mapping))
         if rule is None:
             raise CannotLowerError(f"Bridge's {type(task.mapping).__name__} has no lowering rule")
-        param = LocalParam.whole(name, tuple(weight.shape), weight.stride())
+        param = local_param(name, weight)
         config = task.mapping._get_config(task.megatron_module)
         yield from holdings_of(
             param, rule(Subject(task.mapping, task.megatron_module, config, param, self._tensor))
@@ -201,7 +202,8 @@ def _not_plain(
     reasons = {}
     for task in tasks:
         try:
-            if type(task.param_weight) not in (Tensor, torch.nn.Parameter):
+            plain = type(task.param_weight) in (Tensor, torch.nn.Parameter)
+            if not plain and not is_shard(task.param_weight):
                 kind = type(task.param_weight).__name__
                 raise CannotLowerError(f"{param_name(task)} is stored as {kind}")
             shapes = {name: hf_shapes[name] for name in _hf_names(task)}

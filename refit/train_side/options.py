@@ -8,12 +8,13 @@ from typing import Literal
 
 @dataclass(frozen=True, slots=True)
 class TrainParallel:
-    """Sizes of the trainer's axes. `tensor * pipeline * data` is the number of trainer ranks.
+    """Sizes of the trainer's axes. `tensor * gtp * pipeline * data` is the number of trainer ranks.
 
-    `expert` and `expert_tensor` cut the experts over the same ranks: `expert * expert_tensor` divides
-    `tensor * data`. Ranks are ordered as Megatron orders them: tensor fastest, then data, pipeline slowest.
-    `first_stage_layers` / `last_stage_layers` override an even split (None: even). The vocabulary is padded to a
-    multiple of `tensor * vocab_multiple` (None: as little as Bridge does).
+    `expert`, `expert_tensor` and `expert_gtp` cut the experts over the same ranks: their product divides
+    `tensor * gtp * data`. `gtp` cuts each weight's rows once more (generalized tensor parallelism).
+    Ranks are ordered as Megatron orders them: tensor fastest, then gtp, data, pipeline slowest.
+    `first_stage_layers` / `last_stage_layers` override an even split (None: even). The vocabulary is padded
+    to a multiple of `tensor * vocab_multiple` (None: as little as Bridge does).
     """
 
     tensor: int = 1
@@ -22,25 +23,38 @@ class TrainParallel:
     data: int = 1
     virtual_pipeline: int = 1
     expert_tensor: int = 1
+    gtp: int = 1
+    expert_gtp: int = 1
     first_stage_layers: int | None = None
     last_stage_layers: int | None = None
     vocab_multiple: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("tensor", "pipeline", "expert", "data", "virtual_pipeline", "expert_tensor"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"TrainParallel.{name} is {getattr(self, name)}: it must be at least 1")
-        if self.tensor * self.data % (self.expert * self.expert_tensor):
+        sizes = {
+            "tensor": self.tensor,
+            "pipeline": self.pipeline,
+            "expert": self.expert,
+            "data": self.data,
+            "virtual_pipeline": self.virtual_pipeline,
+            "expert_tensor": self.expert_tensor,
+            "gtp": self.gtp,
+            "expert_gtp": self.expert_gtp,
+        }
+        for name, size in sizes.items():
+            if size < 1:
+                raise ValueError(f"TrainParallel.{name} is {size}: it must be at least 1")
+        if self.tensor * self.gtp * self.data % (self.expert * self.expert_tensor * self.expert_gtp):
             raise ValueError(
-                f"expert ({self.expert}) * expert_tensor ({self.expert_tensor}) does not divide "
-                f"tensor ({self.tensor}) * data ({self.data}): raise data or lower expert"
+                f"expert ({self.expert}) * expert_tensor ({self.expert_tensor}) * expert_gtp "
+                f"({self.expert_gtp}) does not divide tensor ({self.tensor}) * gtp ({self.gtp}) * data "
+                f"({self.data}): raise data or lower expert"
             )
         if self.virtual_pipeline > 1 and self.pipeline == 1:
             raise ValueError(f"virtual_pipeline {self.virtual_pipeline} needs pipeline > 1, which is 1")
 
     @property
     def world_size(self) -> int:
-        return self.tensor * self.pipeline * self.data
+        return self.tensor * self.gtp * self.pipeline * self.data
 
 
 @dataclass(frozen=True, slots=True)

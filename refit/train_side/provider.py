@@ -54,6 +54,8 @@ def _layout(provider: Any, parallel: TrainParallel) -> dict[str, Any]:
         "virtual_pipeline_model_parallel_size": none_if_one(parallel.virtual_pipeline),
         "expert_model_parallel_size": parallel.expert,
         "expert_tensor_parallel_size": parallel.expert_tensor,
+        "tensor_parallel_num_weight_shards": parallel.tensor * parallel.gtp,
+        "expert_tensor_parallel_num_weight_shards": parallel.expert_tensor * parallel.expert_gtp,
         "num_layers_in_first_pipeline_stage": parallel.first_stage_layers,
         "num_layers_in_last_pipeline_stage": parallel.last_stage_layers,
         "should_pad_vocab": True,
