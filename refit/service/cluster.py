@@ -27,9 +27,11 @@ from refit.transfer.errors import TransportError
 OBJECT_STORE_BYTES = 256 * 2**20
 START_TIMEOUT_S = 300.0
 LEAVE_S = 10.0
+MAX_SEQUENCES = 256  # an engine samples up to this many answers at once
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "HF_HUB_OFFLINE": "1",
+    "TQDM_DISABLE": "1",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_DEDUP_LOGS": "1",
@@ -214,4 +216,5 @@ def gen_options(config: JobConfig) -> dict[str, Any]:
         "dtype": {"bf16": "bfloat16", "fp32": "float32"}[config.generation.precision],
         "seed": config.policy.seed,
         "max_model_len": config.generation.max_model_len,
+        "max_num_seqs": MAX_SEQUENCES,
     }

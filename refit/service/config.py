@@ -78,7 +78,10 @@ class ClusterConfig:
 
 @dataclass(frozen=True, slots=True)
 class RefitConfig:
-    """How weights travel. `timeout_s` bounds every wait; engines are audited every `verify_every` steps (0: never)."""
+    """How weights travel. `timeout_s` bounds every wait; engines are audited every `verify_every` steps (0: never).
+
+    `force_misc` are patterns of whole canonical tensor names that go by broadcast although they could be bulk.
+    """
 
     backend: str = "gloo"
     bulk: str = "p2p"
@@ -87,6 +90,9 @@ class RefitConfig:
     timeout_s: float = 120.0
     verify_every: int = 10
     force_misc: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "force_misc", tuple(self.force_misc))  # OmegaConf gives a list
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,6 +17,8 @@ from refit.service.gate_model import read_facts
 from refit.service.gate_rules import RULES, Case, Environment, sizes
 from refit.train_side.tiny_models import TINY_MODELS
 
+CONNECT_TIMEOUT_S = 10.0
+
 
 def check(config: JobConfig, model_config: Mapping[str, Any] | None, environment: Environment) -> None:
     """Raise ConfigError listing every violation; return if the job can start.
@@ -43,13 +45,30 @@ def read_model_config(model: str) -> dict[str, Any] | None:
 
 
 def inspect_machine(config: JobConfig) -> Environment:
-    """Ask this machine: free memory, CUDA devices, and whether the configured port can be bound."""
+    """Ask this machine: free memory, CUDA devices, whether the port can be bound, and whether the cluster answers."""
     import psutil  # type: ignore[import-untyped]
     import torch
 
     port = config.cluster.port
     taken = (port,) if 0 < port < 2**16 and not _can_bind(port) else ()
-    return Environment(int(psutil.virtual_memory().available), torch.cuda.device_count(), taken)
+    return Environment(
+        int(psutil.virtual_memory().available),
+        torch.cuda.device_count(),
+        taken,
+        cluster_answers=config.cluster.address is None or _answers(config.cluster.address),
+    )
+
+
+def _answers(address: str) -> bool:
+    """Whether somebody listens at "[ray://]host:port". Ray itself would try for minutes. "auto" is left to Ray."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not host or not port.isdigit():
+        return address == "auto"
+    try:
+        socket.create_connection((host, int(port)), timeout=CONNECT_TIMEOUT_S).close()
+    except (OSError, OverflowError):
+        return False
+    return True
 
 
 def _can_bind(port: int) -> bool:

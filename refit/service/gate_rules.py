@@ -29,6 +29,7 @@ class Environment:
     available_memory_bytes: int
     num_cuda_devices: int
     taken_ports: tuple[int, ...]
+    cluster_answers: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -324,6 +325,9 @@ def machine(case: Case) -> Iterator[Violation]:
         remedy = "Choose another, or 0 for any free one"
         yield Violation("cluster.port", cluster.port, "another process listens on it", remedy)
     if cluster.address is not None:
+        if not case.environment.cluster_answers:
+            remedy = "Start Ray there, give the right host:port, or use null for a local Ray"
+            yield Violation("cluster.address", cluster.address, "no Ray answers at this address", remedy)
         return
     needed_devices = case.config.policy.world_size + case.config.generation.world_size
     num_devices = case.environment.num_cuda_devices

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import os
 import platform
 import signal
 import time
@@ -15,7 +16,7 @@ from typing import Any, TextIO
 
 from refit.plan.errors import ConfigError
 from refit.service import gate
-from refit.service.cluster import Cluster
+from refit.service.cluster import ENVIRONMENT, Cluster
 from refit.service.config import JobConfig
 from refit.service.coordinator import Coordinator
 from refit.service.grpo.loop import GrpoLoop
@@ -35,6 +36,8 @@ def run_job(config: JobConfig, command: tuple[str, ...], stream: TextIO) -> dict
     Progress goes to `stream`, files into `config.run_dir`. Whatever happens, no process of the job is left.
     """
     started_s = time.monotonic()
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
     model_config = gate.read_model_config(config.policy.model)
     gate.check(config, model_config, gate.inspect_machine(config))
     assert model_config is not None, "the gate lets no job pass without a model"

@@ -100,7 +100,10 @@ def test_every_configuration_file_composes_with_every_key_present_but_the_flag()
     ("override", "says"),
     [
         ("policy.tensor_paralel=2", ["'policy.tensor_paralel'", "did you mean 'policy.tensor_parallel'"]),
-        ("+policy.nccl_xfer_refitt=true", ["'policy.nccl_xfer_refitt'", "did you mean 'policy.nccl_xfer_refit'"]),
+        (
+            "+policy.nccl_xfer_refitt=true",
+            ["'policy.nccl_xfer_refitt'", "did you mean 'policy.nccl_xfer_refit'"],
+        ),
         ("++grpo.stepz=3", ["'grpo.stepz'", "did you mean 'grpo.steps'"]),
         ("refitt.backend=gloo", ["did you mean 'refit.backend'"]),
         ("policy.nccl_xfer_refit=true", ["write +policy.nccl_xfer_refit=true"]),

@@ -75,7 +75,11 @@ REFUSALS = [
     (["policy.num_microbatches=300"], ["policy.num_microbatches = 300", "256 samples"]),
     (["cluster.port=7777"], ["cluster.port = 7777", "another process listens", "0 for any free one"]),
     (["refit.backend=nccl"], ["refit.backend = 'nccl'", "4 ranks", "this machine has 0"]),
-    (["cluster.min_free_memory_bytes=100000000000000"], ["min_free_memory_bytes", "24.0 GiB", "is asked for"]),
+    (["refit.force_misc=['(']"], ["refit.force_misc = '('", "not a regular expression"]),
+    (
+        ["cluster.min_free_memory_bytes=100000000000000"],
+        ["min_free_memory_bytes", "24.0 GiB", "is asked for"],
+    ),
 ]
 
 
@@ -151,7 +155,8 @@ def test_the_memory_estimate_grows_with_the_model(models):
 
 def test_what_only_a_cpu_cannot_do_passes_with_devices(models):
     config = load_config(
-        "ep2_moe_to_tp2", ["generation.expert_parallel=2", "refit.backend=nccl", "generation.pipeline_parallel=2"]
+        "ep2_moe_to_tp2",
+        ["generation.expert_parallel=2", "refit.backend=nccl", "generation.pipeline_parallel=2"],
     )
     check(config, models["tiny-qwen3-moe"], EIGHT_GPUS)
 
@@ -168,6 +173,21 @@ def test_devices_and_memory_of_an_existing_cluster_are_not_judged_here(models):
     nothing = Environment(available_memory_bytes=0, num_cuda_devices=0, taken_ports=())
     config = load_config("default", ["cluster.address=auto", "refit.backend=nccl"])
     check(config, models["tiny-qwen3"], nothing)
+
+
+def test_a_cluster_that_does_not_answer_is_refused(models):
+    config = load_config("default", ["cluster.address='127.0.0.1:1'"])
+    with pytest.raises(ConfigError, match=r"cluster.address = '127.0.0.1:1': no Ray answers"):
+        check(config, models["tiny-qwen3"], inspect_machine(config))
+
+
+@pytest.mark.parametrize(
+    ("address", "answers"), [("ray://127.0.0.1:1", False), ("nonsense", False), ("host:99999999", False)]
+)
+def test_an_address_where_nobody_listens_is_seen(address, answers):
+    assert (
+        inspect_machine(load_config("default", [f"cluster.address='{address}'"])).cluster_answers is answers
+    )
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in CONFIG_FOLDER.glob("*.yaml")))

@@ -47,7 +47,9 @@ def test_integers_are_plain_ascii():
     assert grade("+3", True, "3", "integer") < 0.9
 
 
-@given(st.text(max_size=8), st.booleans(), st.integers(-99, 99).map(str), st.sampled_from(["integer", "text"]))
+@given(
+    st.text(max_size=8), st.booleans(), st.integers(-99, 99).map(str), st.sampled_from(["integer", "text"])
+)
 def test_a_reward_lies_between_0_and_1(text, ended, right, grading):
     assert 0.0 <= grade(text, ended, right, grading) <= 1.0 + 1e-12
 
@@ -92,7 +94,10 @@ def test_equal_logprobs_have_no_kl():
     assert (kl.mean, kl.token_max, kl.logprob_gap_max, kl.num_tokens) == (0.0, 0.0, 0.0, 3)
 
 
-@given(st.lists(st.floats(0.05, 1.0), min_size=2, max_size=6), st.lists(st.floats(0.05, 1.0), min_size=6, max_size=6))
+@given(
+    st.lists(st.floats(0.05, 1.0), min_size=2, max_size=6),
+    st.lists(st.floats(0.05, 1.0), min_size=6, max_size=6),
+)
 def test_the_estimate_is_the_kl_of_two_distributions_in_expectation(weights, others):
     q = [weight / sum(weights) for weight in weights]
     p = [other / sum(others[: len(q)]) for other in others[: len(q)]]
@@ -108,7 +113,8 @@ def test_the_mean_is_over_tokens_not_over_samples():
 
 
 @pytest.mark.parametrize(
-    ("trainer", "generator"), [([[-1.0]], [[-1.0], [-1.0]]), ([[-1.0]], [[-1.0, -2.0]]), ([], []), ([[]], [[]])]
+    ("trainer", "generator"),
+    [([[-1.0]], [[-1.0], [-1.0]]), ([[-1.0]], [[-1.0, -2.0]]), ([], []), ([[]], [[]])],
 )
 def test_tokens_without_a_partner_are_refused(trainer, generator):
     with pytest.raises(ValueError, match=r"against|nothing"):
