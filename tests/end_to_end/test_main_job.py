@@ -1,0 +1,83 @@
+"""The command that users run, as they run it: a process of its own, judged by its last line and by what it leaves."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+pytestmark = [pytest.mark.ray, pytest.mark.vllm, pytest.mark.megatron, pytest.mark.timeout(900)]
+
+KEYS = {
+    "steps",
+    "reward_first",
+    "reward_last",
+    "gen_kl_max",
+    "refit_s_p50",
+    "bulk_bytes",
+    "misc_bytes",
+    "bulk_share",
+    "weight_version",
+}
+MARK = "REFIT_TEST_JOB"
+CASES = [
+    pytest.param("p2p", ["+policy.nccl_xfer_refit=true"], {}, id="plus"),
+    pytest.param("p2p", ["++policy.nccl_xfer_refit=true"], {}, id="plus-plus", marks=pytest.mark.slow),
+    pytest.param("conventional", [], {}, id="no-flag", marks=pytest.mark.slow),
+    pytest.param(
+        "golden",
+        ["+policy.nccl_xfer_refit=true"],
+        {"NRL_XFERDTENSOR_GOLDEN": "1"},
+        id="golden",
+        marks=pytest.mark.slow,
+    ),
+]
+
+
+@pytest.mark.parametrize(("path", "flags", "environment"), CASES)
+def test_the_main_job_runs_and_leaves_records_and_no_process(
+    path: str, flags: list[str], environment: dict[str, str], tmp_path: Path
+) -> None:
+    summary = run_job([*flags, "grpo.steps=2", "refit.verify_every=1"], environment, tmp_path)
+    assert summary.keys() >= KEYS
+    assert summary["path"] == path
+    assert summary["steps"] == summary["weight_version"] == summary["audits"] == 2
+    assert summary["gen_kl_max"] <= 5e-3
+    assert summary["bulk_share"] >= 0.99 if path != "conventional" else summary["bulk_bytes"] == 0
+    steps = [json.loads(line) for line in (tmp_path / "steps.jsonl").read_text().splitlines()]
+    assert [step["weight_version"] for step in steps] == [0, 1, 2]
+    assert any(file.name.startswith("events.out.tfevents") for file in tmp_path.rglob("*"))
+
+
+def run_job(arguments: list[str], environment: dict[str, str], folder: Path) -> dict[str, Any]:
+    """Run `python -m refit.run` and return its last line; fails if a process of it is left."""
+    mark = str(folder)
+    done = subprocess.run(
+        [sys.executable, "-m", "refit.run", *arguments, f"run_dir={folder}"],
+        env=os.environ | environment | {MARK: mark},
+        capture_output=True,
+        text=True,
+        timeout=800,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert not marked_processes(mark)
+    summary: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return summary
+
+
+def marked_processes(mark: str) -> list[psutil.Process]:
+    """Live processes that inherited the mark of one run."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get(MARK) == mark and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+        except psutil.Error:
+            pass  # gone, or not ours to look into
+    return found
