@@ -32,14 +32,16 @@ def _clipped(
 ) -> Iterator[tuple[str, Tensor]]:
     """Bridge emits the padded vocabulary; the HF tensor ends at its own last row."""
     for name, weight in stream:
-        if wanted is not None and name not in wanted:
-            continue  # a task makes several tensors, not all of them were asked for
+        if name not in lowered.hf_shapes:
+            continue  # a buffer that Bridge copies from the checkpoint; no parameter makes it
         shape = lowered.hf_shapes[name]
         if tuple(weight.shape) != shape:
             if weight.shape[0] < shape[0] or tuple(weight.shape[1:]) != shape[1:]:
                 raise ValueError(f"{name}: Bridge exported {tuple(weight.shape)}, the checkpoint has {shape}")
             weight = weight[: shape[0]]
-        yield name, weight
+        for each in (name, *lowered.copies_of(name)):
+            if wanted is None or each in wanted:  # a task may make more than was asked for
+                yield each, weight
 
 
 def save(weights: Iterator[tuple[str, Tensor]], model_dir: Path, path: Path, rank: int) -> None:

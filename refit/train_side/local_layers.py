@@ -62,14 +62,24 @@ def without_transformer_engine() -> Iterator[None]:
     from megatron.bridge.models import gpt_provider
     from megatron.core.models.hybrid import hybrid_block
     from megatron.core.post_training.modelopt.hybrid import model_specs
+    from megatron.core.transformer.moe import moe_layer
     from megatron.core.transformer.torch_norm import WrappedTorchNorm
 
     with (
+        mock.patch.multiple(moe_layer, HAVE_TE=True, TELinear=_duplicated_linear()),
         mock.patch.object(gpt_provider, "mtp_block_spec", mtp_spec),
         mock.patch.object(hybrid_block, "TENorm", WrappedTorchNorm),
         mock.patch.object(model_specs, "Norm", WrappedTorchNorm),
     ):
         yield
+
+
+@functools.cache
+def _duplicated_linear() -> type:
+    """A linear that every TP rank has whole, for latent MoE. Bridge knows it by the name of the class."""
+    from megatron.core.post_training.modelopt.layers import Linear
+
+    return type("TELinear", (Linear,), {})
 
 
 def _with_mla_core(layer: Any) -> Any:

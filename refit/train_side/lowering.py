@@ -8,7 +8,7 @@ shapes into holdings. What has no rule, or what Bridge changes on the way out, i
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from refit.plan import (
     hf_name,
 )
 from refit.train_side.build import BuiltModel
+from refit.train_side.copies import find_copies
 from refit.train_side.export_changes import refuse_changes
 from refit.train_side.gtp import is_shard, local_param
 from refit.train_side.hf_folder import tensor_shapes
@@ -41,14 +42,16 @@ class StaleTasksError(RuntimeError):
 class LoweredModel:
     """The tasks of one rank's chunks and the shapes of the HF tensors that the whole model makes.
 
-    `tasks` has every task of every stage in Bridge's order, equal on all ranks of a pipeline. `layouts` has what
-    each of this rank's own parameters looked like, `not_plain` why some of them cannot be lowered.
+    `tasks` has every task of every stage in Bridge's order, equal on all ranks of a pipeline. `copies` gives
+    the originals of HF tensors that are copies. `layouts` has what each of this rank's own parameters looked
+    like, `not_plain` why some of them cannot be lowered.
     """
 
     model_dir: Path
     stage: int
     tasks: tuple[Any, ...]
     hf_shapes: Mapping[str, tuple[int, ...]]
+    copies: Mapping[str, str]
     num_experts: int
     layouts: Mapping[str, tuple[Any, ...]]
     not_plain: Mapping[str, str]
@@ -72,12 +75,14 @@ class LoweredModel:
         missing = {name for task in own for name in _hf_names(task)} - set(in_folder)
         if missing:
             raise ValueError(f"the model makes HF tensors that {model_dir} does not have: {sorted(missing)}")
-        hf_shapes = {name: shape for name, shape in in_folder.items() if name in made}
+        copies = find_copies(in_folder, made)
+        hf_shapes = {name: shape for name, shape in in_folder.items() if name in made or name in copies}
         return cls(
             model_dir=Path(model_dir),
             stage=parallel_state.get_pipeline_model_parallel_rank(),
             tasks=tasks,
             hf_shapes=hf_shapes,
+            copies=copies,
             num_experts=num_experts,
             layouts={param_name(task): _layout(task.param_weight) for task in own},
             not_plain=_not_plain(model_bridge, own, hf_shapes, pretrained.state),
@@ -91,7 +96,12 @@ class LoweredModel:
         """The tasks that make one of `names` (None: all), in an order equal on every rank."""
         if names is None:
             return list(self.tasks)
-        return [task for task in self.tasks if names & set(names_made_by(task, self.num_experts))]
+        originals = {self.copies.get(name, name) for name in names}
+        return [task for task in self.tasks if originals & set(names_made_by(task, self.num_experts))]
+
+    def copies_of(self, name: str) -> tuple[str, ...]:
+        """The HF tensors that are copies of `name`."""
+        return tuple(copy for copy, original in self.copies.items() if original == name)
 
     def live_params(self) -> dict[str, Tensor]:
         """This rank's parameters by name. Raises StaleTasksError if one is not the one that was prepared."""
@@ -113,6 +123,12 @@ class LoweredModel:
                 holdings.extend(self._lower(task, weight))
             except CannotLowerError as error:
                 misc |= dict.fromkeys(names, str(error))
+        for copy, original in self.copies.items():
+            if original in dtypes:
+                dtypes[copy] = dtypes[original]
+                if original in misc:
+                    misc[copy] = misc[original]
+                holdings += [replace(h, tensor=copy) for h in holdings if h.tensor == original]
         return RankManifest(
             side="train",
             rank=rank,

@@ -156,19 +156,49 @@ def make_tiny_model(
     path = Path(folder)
     path.mkdir(parents=True, exist_ok=True)
     model.to(getattr(torch, dtype)).save_pretrained(path)
-    _correct_names(path)
+    _complete(path, config, seed)
     return path
 
 
-def _correct_names(folder: Path) -> None:
-    """Undo what transformers 5.12 misnames: Nemotron-H's published checkpoints say `embeddings`."""
+def _complete(folder: Path, config: Any, seed: int) -> None:
+    """What transformers 5.12 writes differently from published checkpoints, or not at all."""
     from safetensors.torch import load_file, save_file
 
     file = folder / "model.safetensors"
     weights = load_file(file)
-    if "backbone.embedding.weight" in weights:
+    if "backbone.embedding.weight" in weights:  # Nemotron-H
         weights["backbone.embeddings.weight"] = weights.pop("backbone.embedding.weight")
-        save_file(weights, file, metadata={"format": "pt"})
+    if config.model_type == "deepseek_v3" and config.num_nextn_predict_layers:
+        weights |= _mtp_layer(weights, config.num_hidden_layers, seed)
+    save_file(weights, file, metadata={"format": "pt"})
+
+
+def _mtp_layer(weights: Mapping[str, Any], num_layers: int, seed: int) -> dict[str, Any]:
+    """DeepSeek's multi-token prediction layer: one more MoE layer, its norms and projection, and copies of the
+    embedding and the output layer. Fresh random values in the shapes of the last layer.
+    """
+    import torch
+
+    generator = torch.Generator().manual_seed(seed + 1)
+
+    def fresh(shape: tuple[int, ...], like: Any) -> Any:
+        around = 1.0 if len(shape) == 1 else 0.0
+        return (torch.randn(shape, generator=generator) * 0.02 + around).to(like.dtype)
+
+    last, mtp = f"model.layers.{num_layers - 1}.", f"model.layers.{num_layers}."
+    layer = {
+        n.replace(last, mtp): fresh(w.shape, w) for n, w in sorted(weights.items()) if n.startswith(last)
+    }
+    embedding, head = weights["model.embed_tokens.weight"], weights["lm_head.weight"]
+    hidden = embedding.shape[1]
+    return layer | {
+        f"{mtp}enorm.weight": fresh((hidden,), embedding),
+        f"{mtp}hnorm.weight": fresh((hidden,), embedding),
+        f"{mtp}eh_proj.weight": fresh((hidden, 2 * hidden), embedding),
+        f"{mtp}shared_head.norm.weight": fresh((hidden,), embedding),
+        f"{mtp}shared_head.head.weight": head.clone(),
+        f"{mtp}embed_tokens.weight": embedding.clone(),
+    }
 
 
 if __name__ == "__main__":

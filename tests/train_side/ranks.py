@@ -6,6 +6,7 @@ from pathlib import Path
 
 from refit.plan import Holding, canonical, encode_rank_manifest
 from refit.train_side.batch import TrainBatch
+from refit.train_side.copies import find_copies
 from refit.train_side.options import TrainOptions, TrainParallel
 
 TIMEOUT_S = 60.0
@@ -29,6 +30,10 @@ def make_checkpoint(rank, world_size, address, name, folder, coded, overrides):
             weights[key] = torch.arange(first, first + size, dtype=torch.float32).reshape(weights[key].shape)
             first += size
         assert first < LARGEST_EXACT_FLOAT32, f"{first} addresses are not exact in float32"
+        shapes = {key: tuple(weight.shape) for key, weight in weights.items()}
+        outside_layers = {key for key in shapes if ".layers." not in key}
+        for copy, original in find_copies(shapes, outside_layers).items():
+            weights[copy] = weights[original].clone()
         save_file(weights, file, metadata={"format": "pt"})
 
 
@@ -99,10 +104,8 @@ def address_truth(rank, world_size, address, folder, parallel):
         "file": sorted(weights),
         "export_differs": [n for n, w in exported.items() if not torch.equal(w, weights[n])],
         "misplaced": first_misplaced(trainer, exported),
-        "dtypes_agree": all(
-            str(p.dtype).endswith(s.dtype) and tuple(p.shape) == s.shape
-            for p, s in zip(trainer.params().values(), trainer.describe().params, strict=True)
-        ),
+        "params_agree": {(s.name, s.shape, f"torch.{s.dtype}") for s in trainer.describe().params}
+        == {(name, tuple(p.shape), str(p.dtype)) for name, p in trainer.params().items()},
     }
     trainer.close()
     return result

@@ -9,23 +9,69 @@ from tests.train_side import ranks
 
 pytestmark = [pytest.mark.megatron, pytest.mark.processes, pytest.mark.timeout(400)]
 
-DENSE = {
-    "PP2": (TrainParallel(pipeline=2), {}),
-    "TP2": (TrainParallel(tensor=2), {}),
-    "DP2": (TrainParallel(data=2), {}),
-    "TP4 with 2 KV heads": (TrainParallel(tensor=4), {}),
-    "TP2 x PP2": (TrainParallel(tensor=2, pipeline=2), {}),
-    "PP2 with 2 virtual stages": (TrainParallel(pipeline=2, virtual_pipeline=2), {}),
-    "PP2, 1 and 3 layers": (TrainParallel(pipeline=2, first_stage_layers=1), {}),
-    "PP2, tied embeddings": (TrainParallel(pipeline=2), {"tie_word_embeddings": True}),
-    "TP2, tied embeddings": (TrainParallel(tensor=2), {"tie_word_embeddings": True}),
+MTP = {"num_nextn_predict_layers": 1}
+TIED = {"tie_word_embeddings": True}
+# (checkpoint, its overrides, layout). The first table runs by default, the second with `-m slow`.
+QUICK = {
+    "dense PP2": ("tiny-qwen3", {}, TrainParallel(pipeline=2)),
+    "dense TP2": ("tiny-qwen3", {}, TrainParallel(tensor=2)),
+    "dense DP2": ("tiny-qwen3", {}, TrainParallel(data=2)),
+    "dense TP4 with 2 KV heads": ("tiny-qwen3", {}, TrainParallel(tensor=4)),
+    "dense PP2 with 2 virtual stages": ("tiny-qwen3", {}, TrainParallel(pipeline=2, virtual_pipeline=2)),
+    "dense PP2 of 1 and 3 layers": ("tiny-qwen3", {}, TrainParallel(pipeline=2, first_stage_layers=1)),
+    "dense PP2 with tied embeddings": ("tiny-qwen3", TIED, TrainParallel(pipeline=2)),
+    "dense TP2 x GTP2": ("tiny-qwen3", {}, TrainParallel(tensor=2, gtp=2)),
+    "QKV bias TP2": ("tiny-qwen2.5", {}, TrainParallel(tensor=2)),
+    "MoE EP2": ("tiny-qwen3-moe", {}, TrainParallel(expert=2, data=2)),
+    "MoE EP2 x TP2 with ETP1": ("tiny-qwen3-moe", {}, TrainParallel(tensor=2, expert=2)),
+    "MoE EP2 x TP2 with ETP2": (
+        "tiny-qwen3-moe",
+        {},
+        TrainParallel(tensor=2, data=2, expert=2, expert_tensor=2),
+    ),
+    "MLA TP2": ("tiny-deepseek-v3", {}, TrainParallel(tensor=2)),
+    "hybrid TP2": ("tiny-nemotron-h", {}, TrainParallel(tensor=2)),
 }
-MOE = {
-    "EP2": TrainParallel(expert=2, data=2),
-    "PP2": TrainParallel(pipeline=2),
-    "EP2 x TP2, ETP1": TrainParallel(tensor=2, expert=2),
-    "EP2 x TP2, ETP2": TrainParallel(tensor=2, data=2, expert=2, expert_tensor=2),
-    "EP4": TrainParallel(expert=4, data=4),
+SLOW = {
+    "dense TP2 x PP2": ("tiny-qwen3", {}, TrainParallel(tensor=2, pipeline=2)),
+    "dense PP2, last stage 1 layer": ("tiny-qwen3", {}, TrainParallel(pipeline=2, last_stage_layers=1)),
+    "dense TP2 with tied embeddings": ("tiny-qwen3", TIED, TrainParallel(tensor=2)),
+    "dense TP2, vocabulary 500 in 512": (
+        "tiny-qwen3",
+        {"vocab_size": 500},
+        TrainParallel(tensor=2, vocab_multiple=128),
+    ),
+    "dense GTP3": ("tiny-qwen3", {}, TrainParallel(gtp=3)),
+    "dense GTP2 x PP2": ("tiny-qwen3", {}, TrainParallel(gtp=2, pipeline=2)),
+    "dense GTP2 with tied embeddings": ("tiny-qwen3", TIED, TrainParallel(gtp=2)),
+    "QKV bias TP4": ("tiny-qwen2.5", {}, TrainParallel(tensor=4)),
+    "QKV bias GTP2": ("tiny-qwen2.5", {}, TrainParallel(gtp=2)),
+    "Llama PP2": ("tiny-llama", {}, TrainParallel(pipeline=2)),
+    "Llama TP2": ("tiny-llama", {}, TrainParallel(tensor=2)),
+    "MoE PP2": ("tiny-qwen3-moe", {}, TrainParallel(pipeline=2)),
+    "MoE EP4": ("tiny-qwen3-moe", {}, TrainParallel(expert=4, data=4)),
+    "MoE EP2 x PP2": ("tiny-qwen3-moe", {}, TrainParallel(expert=2, data=2, pipeline=2)),
+    "MoE GTP2 x TP2 x EP2": (
+        "tiny-qwen3-moe",
+        {},
+        TrainParallel(tensor=2, gtp=2, expert=2, expert_gtp=2),
+    ),
+    "MLA EP2": ("tiny-deepseek-v3", {}, TrainParallel(expert=2, data=2)),
+    "MLA PP2 of 1 and 2 layers": (
+        "tiny-deepseek-v3",
+        {},
+        TrainParallel(pipeline=2, first_stage_layers=1),
+    ),
+    "MLA GTP2 x TP2": ("tiny-deepseek-v3", {}, TrainParallel(tensor=2, gtp=2, expert_gtp=2)),
+    "MLA with MTP": ("tiny-deepseek-v3", MTP, TrainParallel()),
+    "MLA with MTP, PP2": ("tiny-deepseek-v3", MTP, TrainParallel(pipeline=2, first_stage_layers=1)),
+    "MLA with MTP, EP2": ("tiny-deepseek-v3", MTP, TrainParallel(expert=2, data=2)),
+    "MLA with MTP, TP2": ("tiny-deepseek-v3", MTP, TrainParallel(tensor=2)),
+    "hybrid with latent MoE, TP2": ("tiny-nemotron-h", {"moe_latent_size": 64}, TrainParallel(tensor=2)),
+    "hybrid TP4": ("tiny-nemotron-h", {}, TrainParallel(tensor=4)),
+    "hybrid PP2": ("tiny-nemotron-h", {}, TrainParallel(pipeline=2)),
+    "hybrid EP2": ("tiny-nemotron-h", {}, TrainParallel(expert=2, data=2)),
+    "hybrid GTP2": ("tiny-nemotron-h", {}, TrainParallel(gtp=2, expert_gtp=2)),
 }
 
 
@@ -35,7 +81,7 @@ def check_addresses(results):
         assert result["exported"] == result["file"], f"rank {rank} exports other tensors"
         assert result["export_differs"] == []
         assert result["misplaced"] is None, f"rank {rank}: {result['misplaced']}"
-        assert result["dtypes_agree"]
+        assert result["params_agree"]
         assert manifest.ranks[rank].misc == ()
     check_coverage(manifest)
 
@@ -51,15 +97,16 @@ def check_coverage(manifest: Manifest):
         assert uncovered(Region.whole(shape), held[name]) == (), f"{name} is not held whole"
 
 
-@pytest.mark.parametrize("layout", DENSE)
-def test_a_dense_layout_holds_every_element_where_bridge_exports_it_from(trainers, checkpoints, layout):
-    parallel, overrides = DENSE[layout]
-    folder = checkpoints("tiny-qwen3", coded=True, **overrides)
+@pytest.mark.parametrize("case", QUICK.values(), ids=QUICK)
+def test_a_layout_holds_every_element_where_bridge_exports_it_from(trainers, checkpoints, case):
+    name, overrides, parallel = case
+    folder = checkpoints(name, coded=True, **overrides)
     check_addresses(trainers.run(ranks.address_truth, parallel.world_size, str(folder), parallel))
 
 
-@pytest.mark.parametrize("layout", MOE)
-def test_an_expert_layout_holds_every_element_where_bridge_exports_it_from(trainers, checkpoints, layout):
-    parallel = MOE[layout]
-    folder = checkpoints("tiny-qwen3-moe", coded=True)
+@pytest.mark.slow
+@pytest.mark.parametrize("case", SLOW.values(), ids=SLOW)
+def test_a_rarer_layout_does_so_too(trainers, checkpoints, case):
+    name, overrides, parallel = case
+    folder = checkpoints(name, coded=True, **overrides)
     check_addresses(trainers.run(ranks.address_truth, parallel.world_size, str(folder), parallel))
