@@ -20,7 +20,7 @@ from math import prod
 
 import torch
 from torch import Tensor
-from torch._C._distributed_c10d import BroadcastOptions, Work
+from torch._C._distributed_c10d import Work
 
 from refit.plan import TensorSpec
 from refit.transfer.errors import TransportError
@@ -291,12 +291,7 @@ def _receive_numbers(group: Group, deadline: float, device: torch.device) -> tup
 
 
 def _post(group: Group, tensor: Tensor) -> Work:
-    options = BroadcastOptions()
-    options.rootRank = 0
-    try:
-        return group.process_group.broadcast([tensor], options)
-    except RuntimeError as error:
-        raise TransportError(f"cannot post a broadcast in group {group.name!r}: {error}") from error
+    return group.broadcast(tensor, group.ranks[0])
 
 
 def _wait(group: Group, work: Work, words: str, deadline: float) -> None:

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch._C._distributed_c10d import BroadcastOptions
 
 from refit.plan import BULK, Classified, Holding, Manifest, Region, coalesce_holdings
 from refit.plan.region import uncovered
@@ -74,13 +73,8 @@ def assemble(
         if group.rank == root:
             _place(packed, piece, full, written)
     clock = time.perf_counter()
-    options = BroadcastOptions()
-    options.rootRank = group.ranks.index(root)
     words = f"golden broadcast of {full.numel() * full.element_size()} bytes from rank {root}"
-    try:
-        work = group.process_group.broadcast([as_bytes(full)], options)
-    except RuntimeError as error:
-        raise TransportError(f"{words} cannot start: {error}") from error
+    work = group.broadcast(as_bytes(full), root)
     wait_for_work(words, work, deadline)
     tally.clock(WIRE, clock)
 

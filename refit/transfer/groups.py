@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import cast
 
-from torch._C._distributed_c10d import ProcessGroup, ProcessGroupGloo, Store
+from torch import Tensor
+from torch._C._distributed_c10d import BroadcastOptions, ProcessGroup, ProcessGroupGloo, Store, Work
 
 from refit.plan import ConfigError, Plan
 from refit.transfer.errors import TransportError
@@ -24,18 +25,27 @@ MISC = "misc"
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """One group that this rank is in. `ranks` are joint ranks in group order; `rank` is this one's joint rank."""
+    """One group that this rank is in. `ranks` are joint ranks in group order; `rank` is this one's joint rank.
+
+    `process_group` is what collectives (golden, broadcast) run on; a group without one can move bulk only.
+    """
 
     name: str
     ranks: tuple[int, ...]
     rank: int
-    process_group: ProcessGroup
     transport: Transport
+    process_group: ProcessGroup | None = None
 
-    @property
-    def position(self) -> int:
-        """This rank's number inside the group."""
-        return self.ranks.index(self.rank)
+    def broadcast(self, tensor: Tensor, source: int) -> Work:
+        """Start a broadcast of a contiguous tensor from joint rank `source` to all ranks of the group."""
+        options = BroadcastOptions()
+        options.rootRank = self.ranks.index(source)
+        if self.process_group is None:
+            raise TransportError(f"group {self.name!r} has no process group, so it cannot broadcast")
+        try:
+            return self.process_group.broadcast([tensor], options)
+        except RuntimeError as error:
+            raise TransportError(f"cannot start a broadcast in group {self.name!r}: {error}") from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +99,7 @@ def open_group(
         raise TransportError(
             f"rank {rank} cannot open group {name!r} of ranks {ranks} over {backend} within {left_s:.1f} s: {error}"
         ) from error
-    return Group(name, ranks, rank, process_group, ProcessGroupTransport(process_group, ranks, rank))
+    return Group(name, ranks, rank, ProcessGroupTransport(process_group, ranks, rank), process_group)
 
 
 def _process_group(

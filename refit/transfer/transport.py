@@ -27,11 +27,12 @@ class Parcel:
 
 @dataclass(frozen=True, slots=True)
 class Operation:
-    """One posted send or receive."""
+    """One posted send or receive. `work` is torch's handle, for transports that have one."""
 
     direction: str
     parcel: Parcel
-    work: Work | None
+    tag: int
+    work: Work | None = None
 
 
 type Ticket = tuple[Operation, ...]
@@ -66,26 +67,34 @@ class ProcessGroupTransport:
         group = self._process_group
         wanted = [(RECEIVE, parcel) for parcel in receives] + [(SEND, parcel) for parcel in sends]
         if not self._is_gloo and wanted:
-            return self._post_together(wanted)
+            return self._post_together(wanted, tag)
         posted: list[Operation] = []
         for direction, parcel in wanted:
             start = group.send if direction == SEND else group.recv
             try:
-                work = start([parcel.payload], self._positions[parcel.peer], tag)
+                work = start([parcel.payload], self._position_of(parcel), tag)
             except RuntimeError as error:
                 raise TransportError(f"cannot post a {describe(direction, parcel)}: {error}") from error
-            posted.append(Operation(direction, parcel, work))
+            posted.append(Operation(direction, parcel, tag, work))
         return tuple(posted)
 
-    def _post_together(self, wanted: Sequence[tuple[str, Parcel]]) -> Ticket:
+    def _post_together(self, wanted: Sequence[tuple[str, Parcel]], tag: int) -> Ticket:
         """NCCL: one group call, so that sends and receives of a round cannot wait for each other."""
         group, device = self._process_group, wanted[0][1].payload.device
         group._start_coalescing(device)
         for direction, parcel in wanted:
             start = group.send if direction == SEND else group.recv
-            start([parcel.payload], self._positions[parcel.peer], 0)
+            start([parcel.payload], self._position_of(parcel), 0)
         work = group._end_coalescing(device)
-        return tuple(Operation(direction, parcel, work) for direction, parcel in wanted)
+        return tuple(Operation(direction, parcel, tag, work) for direction, parcel in wanted)
+
+    def _position_of(self, parcel: Parcel) -> int:
+        position = self._positions.get(parcel.peer)
+        if position is None or position == self._position:
+            raise TransportError(
+                f"rank {parcel.peer} is not a peer in this group; its ranks are {[*self._positions]}"
+            )
+        return position
 
     def wait(self, ticket: Ticket, deadline: float) -> None:
         start = time.monotonic()

@@ -81,8 +81,8 @@ def xferdtensor(
     deadline = time.monotonic() + timeout_s
     rank, size = group.rank(), group.size()
     ranks = tuple(range(size))
-    joint = Group("xferdtensor", ranks, rank, group, ProcessGroupTransport(group, ranks, rank))
-    agreed = _agree(src, src_mesh, src_placements, dst, dst_mesh, dst_placements, joint, deadline)
+    joint = Group("xferdtensor", ranks, rank, ProcessGroupTransport(group, ranks, rank), group)
+    agreed = _agree(src, src_mesh, src_placements, dst, dst_mesh, dst_placements, group, deadline)
     if 0 in agreed.shape:
         return BulkReport()
     source = None if src is None else src.detach().contiguous()
@@ -116,9 +116,8 @@ def _by_plan(
 def _by_golden(
     agreed: Agreed, src: Tensor | None, dst: Tensor | None, group: Group, deadline: float
 ) -> BulkReport:
-    device = (
-        src.device if src is not None else dst.device if dst is not None else _device(group.process_group)
-    )
+    assert group.process_group is not None, "xferdtensor makes its group with a process group"
+    device = _device(group.process_group)
     full = torch.empty(agreed.shape, dtype=torch_dtype(agreed.dst.dtype), device=device)
     regions = agreed.src.layout.regions(agreed.shape)
     pieces = [
@@ -141,7 +140,7 @@ def _agree(
     dst: Tensor | None,
     dst_mesh: Mesh,
     dst_placements: Sequence[Placement],
-    group: Group,
+    group: ProcessGroup,
     deadline: float,
 ) -> Agreed:
     """Exchange what every rank holds; the same checks then pass or fail on all ranks alike."""
@@ -171,10 +170,10 @@ def _row(tensor: Tensor | None) -> list[int]:
     return [1, DTYPES.index(dtype), tensor.dim(), *tensor.shape, *[0] * (MAX_DIMS - tensor.dim())]
 
 
-def _all_rows(mine: list[list[int]], group: Group, deadline: float) -> list[tuple[Row, Row]]:
-    own = torch.tensor(mine, dtype=torch.int64, device=_device(group.process_group))
-    everyone = [torch.empty_like(own) for _ in group.ranks]
-    work = group.process_group.allgather([everyone], [own])
+def _all_rows(mine: list[list[int]], group: ProcessGroup, deadline: float) -> list[tuple[Row, Row]]:
+    own = torch.tensor(mine, dtype=torch.int64, device=_device(group))
+    everyone = [torch.empty_like(own) for _ in range(group.size())]
+    work = group.allgather([everyone], [own])
     wait_for_work("exchange of local shapes", work, deadline)
     return [(_read(rows[0]), _read(rows[1])) for rows in (tensor.tolist() for tensor in everyone)]
 

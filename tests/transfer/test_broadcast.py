@@ -1,4 +1,4 @@
-"""Packed broadcast between real processes: any sizes arrive, and every wrong name, shape or dtype is refused by name."""
+"""Packed broadcast between real processes: any sizes arrive; every wrong name, shape or dtype is refused by name."""
 
 import time
 

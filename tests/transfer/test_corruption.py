@@ -1,0 +1,113 @@
+"""Every way in which a wire can lie is caught, by the digests or before, and named down to the element."""
+
+import threading
+import time
+
+import pytest
+import torch
+
+from refit.plan import Region, build_plan
+from refit.transfer.bulk import StageJob, move_stage
+from refit.transfer.digest import digest
+from refit.transfer.errors import TransportError
+from refit.transfer.groups import Group
+from refit.transfer.in_memory import CORRUPT, DROP, FAIL, STALL, SWAP, TWICE, Fault, InMemoryNetwork
+from refit.transfer.locate import bisect, mismatches
+from tests.transfer.cases import empty_params, fill_params, make_case, same_bits
+
+SEED = 5
+
+
+def run_in_threads(fault: Fault | None, deadline_s: float = 20.0):
+    """One bulk refit, every rank a thread. Returns case, plan, params, and reports and errors by rank."""
+    case = make_case(SEED, num_tensors=16, largest_dim=64)
+    plan = build_plan(case.train, case.gen, case.options)
+    params = {rank: empty_params(case.manifest(rank)) for rank in range(case.num_ranks)}
+    for rank in range(len(case.train.ranks)):
+        fill_params(params[rank], case, case.manifest(rank), SEED, 0)
+    networks = {stage: InMemoryNetwork(range(case.num_ranks), fault) for stage in plan.stages}
+    reports, errors = {}, {}
+
+    def run(rank: int) -> None:
+        for stage in plan.rank_plan(rank).stages:
+            group = Group("memory", stage.group_ranks, rank, networks[stage.stage].transport(rank))
+            job = StageJob(
+                plan, stage, rank, params[rank], group, time.monotonic() + deadline_s, torch.device("cpu")
+            )
+            try:
+                reports.setdefault(rank, []).append(move_stage(job))
+            except TransportError as error:
+                errors[rank] = str(error)
+                group.transport.abort()
+
+    threads = [threading.Thread(target=run, args=(rank,), daemon=True) for rank in params]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(deadline_s + 20)
+        assert not thread.is_alive()
+    return case, plan, params, reports, errors
+
+
+def faults_found(plan, reports):
+    parts = {rank: [report.digests for report in of_rank] for rank, of_rank in reports.items()}
+    sent = [digests for rank, found in parts.items() if rank < plan.num_train for digests in found]
+    held = [digests for rank, found in parts.items() if rank >= plan.num_train for digests in found]
+    return mismatches(sent, held)
+
+
+def wrong_tensors(case, params) -> set[tuple[str, int]]:
+    """(tensor, rank) whose memory is not as planned, by looking at every element."""
+    wrong = set()
+    for rank in range(len(case.train.ranks), case.num_ranks):
+        manifest = case.manifest(rank)
+        expected = empty_params(manifest)
+        fill_params(expected, case, manifest, SEED, 0)
+        wrong |= {
+            (holding.tensor, rank)
+            for holding in manifest.holdings
+            if not same_bits(params[rank][holding.param], expected[holding.param])
+        }
+    return wrong
+
+
+def test_without_a_fault_all_digests_agree():
+    case, plan, params, reports, errors = run_in_threads(None)
+    assert errors == {} and faults_found(plan, reports) == () and wrong_tensors(case, params) == set()
+
+
+@pytest.mark.parametrize("number", [0, 3])
+@pytest.mark.parametrize("kind", [CORRUPT, DROP, TWICE, SWAP])
+def test_a_lying_wire_is_named_by_tensor_and_rank(kind, number):
+    case, plan, params, reports, errors = run_in_threads(Fault(kind, 0, 2, number))
+    assert errors == {}
+    found = faults_found(plan, reports)
+    wrong = wrong_tensors(case, params)
+    assert wrong and {(fault.tensor, fault.dst_rank) for fault in found} == wrong
+    assert "on rank 2: trainers sent" in str(found[0])
+
+
+@pytest.mark.parametrize("kind", [STALL, FAIL])
+def test_a_wire_that_stops_is_an_error_that_names_the_peer(kind):
+    _, _, _, _, errors = run_in_threads(Fault(kind, 0, 2, 1), deadline_s=2.0)
+    words = "from rank 0" if kind == STALL else "to rank 2 failed on demand"
+    assert any(words in error for error in errors.values()), errors
+
+
+def test_bisection_finds_the_wrong_elements_and_asks_few_questions():
+    good = torch.randn(40, 33, 5).to(torch.bfloat16)
+    bad = good.clone()
+    wrong = {(7, 31, 0), (7, 31, 1), (39, 0, 4)}
+    for index in wrong:
+        bad[index] += 1
+    asked = []
+
+    def differs(box: Region) -> bool:
+        asked.append(box)
+        cut = tuple(slice(*span) for span in zip(box.starts, box.stops, strict=True))
+        return digest(good[cut], box, good.shape) != digest(bad[cut], box, good.shape)
+
+    found = bisect(Region.whole(good.shape), differs)
+    assert {box.starts for box in found} == wrong
+    assert len(asked) < 100
+    assert bisect(Region((0, 0, 0), (5, 5, 5)), differs) == ()

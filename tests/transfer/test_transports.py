@@ -1,0 +1,168 @@
+"""One conformance suite for every transport. A new transport is one more `Network` in NETWORKS."""
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import pytest
+import torch
+
+from refit.transfer.errors import TransportError
+from refit.transfer.groups import open_group
+from refit.transfer.in_memory import InMemoryNetwork
+from refit.transfer.rendezvous import ControlStore
+from refit.transfer.transport import Parcel, Transport
+
+RANKS = (3, 5, 8)
+
+
+class Network(Protocol):
+    """Opens one transport per rank of RANKS, all in this process."""
+
+    def __call__(self) -> dict[int, Transport]: ...
+
+
+def memory() -> dict[int, Transport]:
+    network = InMemoryNetwork(RANKS)
+    return {rank: network.transport(rank) for rank in RANKS}
+
+
+def gloo() -> dict[int, Transport]:
+    host = ControlStore.host()
+
+    def connect(rank: int) -> Transport:
+        control = ControlStore.join("127.0.0.1", host.port, host.run_id)
+        return open_group(control, "suite", RANKS, rank, "gloo", time.monotonic() + 30).transport
+
+    return dict(zip(RANKS, at_once([lambda rank=rank: connect(rank) for rank in RANKS]), strict=True))
+
+
+NETWORKS: tuple[Network, ...] = (memory, gloo)
+
+
+def at_once(calls: Sequence[Callable[[], object]]) -> list[object]:
+    """Results of calls that run in threads of their own; raises the first error."""
+    results: list[object] = [None] * len(calls)
+    errors: list[BaseException] = []
+
+    def run(number: int) -> None:
+        try:
+            results[number] = calls[number]()
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=run, args=(number,), daemon=True) for number in range(len(calls))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+        assert not thread.is_alive(), "a transport call hangs"
+    if errors:
+        raise errors[0]
+    return results
+
+
+@pytest.fixture(params=NETWORKS, ids=lambda network: network.__name__)
+def ends(request):
+    transports = request.param()
+    yield transports
+    for transport in transports.values():
+        transport.abort()
+        transport.close()
+
+
+def soon(seconds: float = 20.0) -> float:
+    return time.monotonic() + seconds
+
+
+def noise(num_bytes: int, seed: int) -> torch.Tensor:
+    return torch.randint(
+        0, 256, (num_bytes,), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed)
+    )
+
+
+@pytest.mark.parametrize("num_bytes", [1, 16, 1000, 3 << 20])
+def test_parcels_arrive_between_all_pairs_at_once(ends, num_bytes):
+    def exchange(rank):
+        others = [peer for peer in RANKS if peer != rank]
+        landing = {peer: torch.zeros(num_bytes, dtype=torch.uint8) for peer in others}
+        sends = [Parcel(peer, noise(num_bytes, 10 * rank + peer)) for peer in others]
+        ticket = ends[rank].post(sends, [Parcel(peer, landing[peer]) for peer in others], 0)
+        ends[rank].wait(ticket, soon())
+        for peer in others:
+            assert torch.equal(landing[peer], noise(num_bytes, 10 * peer + rank))
+
+    at_once([lambda rank=rank: exchange(rank) for rank in RANKS])
+
+
+def test_tags_keep_parcels_apart_whatever_the_order(ends):
+    landing = {tag: torch.zeros(100, dtype=torch.uint8) for tag in (1, 2, 3)}
+
+    def send():
+        tickets = [ends[3].post([Parcel(5, noise(100, tag))], [], tag) for tag in (1, 2, 3)]
+        for ticket in tickets:
+            ends[3].wait(ticket, soon())
+
+    def receive():
+        tickets = [ends[5].post([], [Parcel(3, landing[tag])], tag) for tag in (3, 1, 2)]
+        for ticket in reversed(tickets):
+            ends[5].wait(ticket, soon())
+
+    at_once([send, receive])
+    for tag, payload in landing.items():
+        assert torch.equal(payload, noise(100, tag))
+
+
+def test_parcels_of_one_tag_arrive_in_the_order_of_the_posts(ends):
+    landing = [torch.zeros(64, dtype=torch.uint8) for _ in range(20)]
+
+    def send():
+        for ticket in [ends[3].post([Parcel(8, noise(64, i))], [], 7) for i in range(20)]:
+            ends[3].wait(ticket, soon())
+
+    def receive():
+        for ticket in [ends[8].post([], [Parcel(3, payload)], 7) for payload in landing]:
+            ends[8].wait(ticket, soon())
+
+    at_once([send, receive])
+    for i, payload in enumerate(landing):
+        assert torch.equal(payload, noise(64, i))
+
+
+def test_a_parcel_that_never_comes_is_an_error_at_the_deadline_that_names_the_peer(ends):
+    ticket = ends[3].post([], [Parcel(8, torch.zeros(16, dtype=torch.uint8))], 0)
+    began = time.monotonic()
+    with pytest.raises(TransportError, match="16 bytes from rank 8"):
+        ends[3].wait(ticket, began + 0.5)
+    assert 0.4 < time.monotonic() - began < 2
+
+
+def test_abort_frees_a_blocked_rank_and_its_peers(ends):
+    def blocked(rank, peer):
+        ticket = ends[rank].post([], [Parcel(peer, torch.zeros(16, dtype=torch.uint8))], 0)
+        began = time.monotonic()
+        with pytest.raises(TransportError):
+            ends[rank].wait(ticket, soon(30))
+        return time.monotonic() - began
+
+    def breaker():
+        time.sleep(0.5)
+        ends[3].abort()
+        ends[3].abort()
+
+    for seconds in at_once([lambda: blocked(3, 5), lambda: blocked(5, 3), breaker])[:2]:
+        assert seconds < 5
+
+
+def test_an_aborted_transport_refuses_further_use(ends):
+    ends[3].abort()
+    with pytest.raises(TransportError):
+        ticket = ends[3].post([Parcel(5, noise(16, 0))], [], 0)
+        ends[3].wait(ticket, soon(5))
+
+
+def test_a_stranger_is_refused_by_name(ends):
+    for stranger in (3, 99):
+        with pytest.raises(TransportError, match=f"rank {stranger} is not a peer"):
+            ends[3].post([Parcel(stranger, noise(16, 0))], [], 0)
