@@ -14,6 +14,7 @@ from refit.plan.manifest import (
 from refit.plan.match import Matcher
 from refit.plan.naming import canonical, hf_name, hf_names
 from refit.plan.options import DEFAULT_WHITELIST, PlanOptions
+from refit.plan.placement import Mesh, Replicate, Shard, mesh_manifest, placed
 from refit.plan.plan import Plan, Route, build_plan
 from refit.plan.rank_plan import Bucket, RankPlan, Round, Segment, StagePlan
 from refit.plan.region import Region
@@ -29,6 +30,7 @@ __all__ = [
     "Holding",
     "Manifest",
     "Matcher",
+    "Mesh",
     "MiscReason",
     "ParamSpec",
     "Plan",
@@ -37,9 +39,11 @@ __all__ = [
     "RankManifest",
     "RankPlan",
     "Region",
+    "Replicate",
     "Round",
     "Route",
     "Segment",
+    "Shard",
     "StagePlan",
     "TensorSpec",
     "build_plan",
@@ -51,4 +55,6 @@ __all__ = [
     "encode_rank_manifest",
     "hf_name",
     "hf_names",
+    "mesh_manifest",
+    "placed",
 ]

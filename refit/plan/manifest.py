@@ -110,6 +110,10 @@ class RankManifest:
 
     def __post_init__(self) -> None:
         self._check_place()
+        object.__setattr__(self, "tensors", tuple(sorted(self.tensors, key=lambda spec: spec.name)))
+        object.__setattr__(self, "params", tuple(sorted(self.params, key=lambda spec: spec.name)))
+        object.__setattr__(self, "holdings", tuple(sorted(self.holdings, key=_holding_key)))
+        object.__setattr__(self, "misc", tuple(sorted(self.misc, key=lambda misc: misc.tensor)))
         problems = tuple(_body_problems(self))
         if problems:
             raise PlanError.collected(f"manifest of {self.side} rank {self.rank}", problems)
@@ -167,12 +171,12 @@ def coalesce_holdings(holdings: Iterable[Holding]) -> tuple[Holding, ...]:
             groups.setdefault((holding.tensor, holding.param), []).append(holding)
     joined: list[Holding] = []
     for group in groups.values():
-        joined.extend(_coalesce_group(group))
+        joined += group if len(group) == 1 else _coalesce_group(group)
     return tuple(sorted(joined, key=_holding_key))
 
 
-def _holding_key(holding: Holding) -> tuple[str, Region, str, int]:
-    return holding.tensor, holding.region, holding.param, holding.offset
+def _holding_key(holding: Holding) -> tuple[str, tuple[int, ...], tuple[int, ...], str, int]:
+    return holding.tensor, holding.region.starts, holding.region.stops, holding.param, holding.offset
 
 
 def _coalesce_group(group: list[Holding]) -> list[Holding]:

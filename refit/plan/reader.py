@@ -107,3 +107,10 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _no_constant(name: str) -> NoReturn:
     raise PlanError(f"$: {name} is not allowed")
+
+
+def located(node: Node, fault: PlanError) -> PlanError:
+    """A fault found while building a value from `node`, with the node's path in front unless it has one."""
+    if str(fault).startswith("$"):
+        return fault
+    return PlanError(f"{node.path}: {fault}", fault.problems)

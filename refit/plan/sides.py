@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from refit.plan.manifest import Holding, Manifest, RankManifest, TensorSpec, coalesce_holdings
-from refit.plan.region import Region, disjoint, first_overlap, merge_adjacent
+from refit.plan.region import Region, disjoint, merge_adjacent
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,15 +114,22 @@ def _misc(bodies: Iterable[RankManifest], ranks: Sequence[tuple[int, ...]]) -> d
     return reasons
 
 
+@dataclass(frozen=True, slots=True)
+class _Pattern:
+    """What follows from a tuple of holding regions alone. parts: positions of the holdings of each copy."""
+
+    number: int
+    boxes: tuple[Region, ...]
+    overlapping: bool
+    parts: tuple[tuple[int, ...], ...]
+
+
 @dataclass(slots=True)
 class _Copies:
     """Builds copies; remembers what it did for a tuple of regions, because layers and ranks repeat."""
 
     overlaps_are_copies: bool
-    patterns: dict[tuple[Region, ...], int] = field(default_factory=dict)
-    overlapping: list[bool] = field(default_factory=list)
-    splits: dict[tuple[Region, ...], tuple[tuple[int, ...], ...]] = field(default_factory=dict)
-    boxes: dict[tuple[Region, ...], tuple[Region, ...]] = field(default_factory=dict)
+    patterns: dict[tuple[Region, ...], _Pattern] = field(default_factory=dict)
 
     def of_body(self, body: RankManifest) -> dict[str, tuple[Copy, ...]]:
         by_tensor: dict[str, list[Holding]] = {}
@@ -134,35 +141,35 @@ class _Copies:
             if (copies := self._of_tensor(coalesce_holdings(holdings)))
         }
 
-    def _of_tensor(self, holdings: Sequence[Holding]) -> tuple[Copy, ...]:
+    def _of_tensor(self, holdings: tuple[Holding, ...]) -> tuple[Copy, ...]:
         """Copies of one tensor; none if it is held only as empty boxes."""
         if not holdings:
             return ()
-        regions = tuple(holding.region for holding in holdings)
-        if not self.overlaps_are_copies:
-            return (self._copy(regions, tuple(holdings)),)
-        split = self.splits.get(regions)
-        if split is None:
-            split = self.splits[regions] = _split_overlaps(regions)
-        return tuple(
-            self._copy(tuple(regions[i] for i in part), tuple(holdings[i] for i in part)) for part in split
-        )
+        pattern = self._pattern(tuple([holding.region for holding in holdings]))
+        if len(pattern.parts) == 1:
+            return (Copy(pattern.boxes, holdings, pattern.number, pattern.overlapping),)
+        copies: list[Copy] = []
+        for part in pattern.parts:
+            chosen = tuple(holdings[position] for position in part)
+            one = self._pattern(tuple(holding.region for holding in chosen))
+            copies.append(Copy(one.boxes, chosen, one.number, one.overlapping))
+        return tuple(copies)
 
-    def _copy(self, regions: tuple[Region, ...], holdings: tuple[Holding, ...]) -> Copy:
-        boxes = self.boxes.get(regions)
-        if boxes is None:
-            boxes = self.boxes[regions] = merge_adjacent(disjoint(regions))
-        pattern = self.patterns.setdefault(regions, len(self.patterns))
-        if pattern == len(self.overlapping):
+    def _pattern(self, regions: tuple[Region, ...]) -> _Pattern:
+        pattern = self.patterns.get(regions)
+        if pattern is None:
+            boxes = merge_adjacent(disjoint(regions))
             num_held = sum(region.num_elements for region in regions)
-            self.overlapping.append(num_held != sum(box.num_elements for box in boxes))
-        return Copy(boxes, holdings, pattern, self.overlapping[pattern])
+            overlapping = num_held != sum(box.num_elements for box in boxes)
+            parts: tuple[tuple[int, ...], ...] = (tuple(range(len(regions))),)
+            if overlapping and self.overlaps_are_copies:
+                parts = _split_overlaps(regions)
+            pattern = self.patterns[regions] = _Pattern(len(self.patterns), boxes, overlapping, parts)
+        return pattern
 
 
 def _split_overlaps(regions: tuple[Region, ...]) -> tuple[tuple[int, ...], ...]:
     """Positions of the regions, dealt into as few groups as a first fit finds, each without overlaps."""
-    if first_overlap(regions) is None:
-        return (tuple(range(len(regions))),)
     groups: list[list[int]] = []
     for position, region in enumerate(regions):
         fitting = (group for group in groups if all(region.intersect(regions[i]) is None for i in group))
