@@ -44,13 +44,19 @@ def join_ranks(model_dir: str | Path, parallel: GenParallel, dtype: str, rank: i
         )
 
 
-def load(model_dir: str | Path, parallel: GenParallel, dtype: str, rank: int) -> BareWorker:
-    """Build and load this rank's model from an HF checkpoint, as a vLLM worker does. After `join_ranks`."""
+def load(
+    model_dir: str | Path, parallel: GenParallel, dtype: str, rank: int, load_format: str = "auto"
+) -> BareWorker:
+    """Build and load this rank's model from an HF checkpoint, as a vLLM worker does. After `join_ranks`.
+
+    With `load_format` "dummy" the weights are vLLM's own random ones and only config.json is read.
+    """
     from vllm.config import set_current_vllm_config
     from vllm.model_executor.model_loader import get_model
 
     config = _vllm_config(model_dir, parallel, dtype)
     config.parallel_config.rank = rank
+    config.load_config.load_format = load_format
     with set_current_vllm_config(config):
         return BareWorker(get_model(vllm_config=config), config)
 

@@ -29,13 +29,17 @@ class RefitWorker:
             batch_size=runner.max_num_tokens, dtype=runner.model_config.dtype, device=runner.device
         )
 
-    def refit_flip_element(self, param: str, index: int) -> bool:
-        """Fault injection for validation: flip one bit of one live element. False if this worker lacks it.
+    def refit_flip_element(self, param: str, index: int, worker: int) -> bool:
+        """Fault injection for validation: flip one bit of one live element of worker `worker`. True if done.
 
         A weight that the kernel keeps packed is flipped by packing a flipped copy, through vLLM's own processing.
         """
+        from vllm.distributed import get_world_group
+
         from refit.gen_side.readback import packed_modules, read_packed
 
+        if get_world_group().rank_in_group != worker:
+            return False
         model = self.model_runner.get_model()
         modules = dict(model.named_modules())
         packed = dict(packed_modules(model))

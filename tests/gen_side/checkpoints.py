@@ -64,3 +64,16 @@ def set_config(folder, **fields):
     config = json.loads(path.read_text())
     config.update(fields)
     path.write_text(json.dumps(config))
+
+
+def header_only(folder, shapes, dtype="BF16", item_bytes=2):
+    """A safetensors file of `shapes` with a header and a hole for the data: for tests that read no weight."""
+    entries, end = {}, 0
+    for name, shape in sorted(shapes.items()):
+        start, end = end, end + torch.Size(shape).numel() * item_bytes
+        entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
+    header = json.dumps(entries).encode()
+    with (Path(folder) / "model.safetensors").open("wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        file.truncate(8 + len(header) + end)
+    return folder

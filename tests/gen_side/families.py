@@ -12,88 +12,67 @@ BASE = {
     "max_position_embeddings": 512,
     "tie_word_embeddings": False,
 }
+TIED = {"tie_word_embeddings": True}
+HEAD = {"head_dim": 32}
 MOE = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
+LOCAL_EXPERTS = {"num_local_experts": 8, "num_experts_per_tok": 2}
+ROUTED = {
+    "moe_intermediate_size": 64,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 2,
+    "n_shared_experts": 1,
+    "first_k_dense_replace": 1,
+}
+MLA = {
+    "q_lora_rank": 64,
+    "kv_lora_rank": 32,
+    "qk_nope_head_dim": 32,
+    "qk_rope_head_dim": 32,
+    "v_head_dim": 32,
+    "num_key_value_heads": 4,
+}
+MAMBA = {
+    "mamba_num_heads": 8,
+    "mamba_head_dim": 32,
+    "ssm_state_size": 16,
+    "n_groups": 2,
+    "conv_kernel": 4,
+    "chunk_size": 32,
+}
 
-
-def _config(family):
-    import transformers as t
-
-    match family:
-        case "qwen2-bias":
-            return t.Qwen2Config(**BASE)
-        case "qwen2-tied":
-            return t.Qwen2Config(**{**BASE, "tie_word_embeddings": True})
-        case "llama":
-            return t.LlamaConfig(**BASE)
-        case "llama-odd-vocabulary":
-            return t.LlamaConfig(**{**BASE, "vocab_size": 500})
-        case "qwen3":
-            return t.Qwen3Config(**BASE, head_dim=32)
-        case "qwen3-tied":
-            return t.Qwen3Config(**{**BASE, "tie_word_embeddings": True}, head_dim=32)
-        case "qwen3-moe":
-            return t.Qwen3MoeConfig(**BASE, **MOE, head_dim=32)
-        case "qwen2-moe":
-            return t.Qwen2MoeConfig(**BASE, **MOE, shared_expert_intermediate_size=128)
-        case "mixtral":
-            return t.MixtralConfig(**BASE, num_local_experts=8, num_experts_per_tok=2)
-        case "gpt-oss":
-            return t.GptOssConfig(
-                **{**BASE, "intermediate_size": 64}, num_local_experts=8, num_experts_per_tok=2, head_dim=32
-            )
-        case "deepseek-v3":
-            return t.DeepseekV3Config(
-                **{**BASE, "num_hidden_layers": 3, "num_key_value_heads": 4},
-                moe_intermediate_size=64,
-                n_routed_experts=8,
-                num_experts_per_tok=2,
-                n_shared_experts=1,
-                n_group=2,
-                topk_group=1,
-                first_k_dense_replace=1,
-                q_lora_rank=64,
-                kv_lora_rank=32,
-                qk_nope_head_dim=32,
-                qk_rope_head_dim=32,
-                v_head_dim=32,
-                topk_method="noaux_tc",
-            )
-        case "nemotron-h":
-            return t.NemotronHConfig(
-                **{**BASE, "num_hidden_layers": 4},
-                hybrid_override_pattern="M-M*",
-                head_dim=32,
-                mamba_num_heads=8,
-                mamba_head_dim=32,
-                ssm_state_size=16,
-                n_groups=2,
-                conv_kernel=4,
-                chunk_size=32,
-            )
-        case "gemma2":
-            return t.Gemma2Config(**{**BASE, "tie_word_embeddings": True}, head_dim=32)
-        case "glm4-moe":
-            return t.Glm4MoeConfig(
-                **BASE,
-                moe_intermediate_size=64,
-                n_routed_experts=8,
-                num_experts_per_tok=2,
-                n_shared_experts=1,
-                n_group=1,
-                topk_group=1,
-                first_k_dense_replace=1,
-                head_dim=32,
-            )
-    raise ValueError(f"no family {family!r}")
+FAMILIES = {
+    "qwen2-bias": ("Qwen2Config", {}),
+    "qwen2-tied": ("Qwen2Config", TIED),
+    "qwen3": ("Qwen3Config", HEAD),
+    "qwen3-tied": ("Qwen3Config", HEAD | TIED),
+    "llama": ("LlamaConfig", {}),
+    "llama-odd-vocabulary": ("LlamaConfig", {"vocab_size": 500}),
+    "gemma2": ("Gemma2Config", HEAD | TIED),
+    "qwen3-moe": ("Qwen3MoeConfig", MOE | HEAD),
+    "qwen2-moe": ("Qwen2MoeConfig", MOE | {"shared_expert_intermediate_size": 128}),
+    "mixtral": ("MixtralConfig", LOCAL_EXPERTS),
+    "gpt-oss": ("GptOssConfig", LOCAL_EXPERTS | HEAD | {"intermediate_size": 64}),
+    "glm4-moe": ("Glm4MoeConfig", ROUTED | HEAD | {"n_group": 1, "topk_group": 1}),
+    "deepseek-v3": (
+        "DeepseekV3Config",
+        ROUTED | MLA | {"num_hidden_layers": 3, "n_group": 2, "topk_group": 1, "topk_method": "noaux_tc"},
+    ),
+    "nemotron-h": (
+        "NemotronHConfig",
+        HEAD | MAMBA | {"num_hidden_layers": 4, "hybrid_override_pattern": "M-M*"},
+    ),
+}
 
 
 def make_family(family, folder, dtype="float32"):
     """Write the tiny checkpoint of `family` into `folder` and return it."""
     import torch
-    from transformers import AutoModelForCausalLM
+    import transformers
 
+    kind, fields = FAMILIES[family]
+    config = getattr(transformers, kind)(**(BASE | fields))
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(_config(family), dtype=torch.float32)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():
         for param in model.parameters():
             if param.ndim == 1:

@@ -74,8 +74,9 @@ class Rounds:
         self.mine.close()
         self.control.close()
 
-    def refit(self, version, tensors, refuse="", fail=""):
-        """One refit; True if it was committed. `refuse`: decide against it. `fail`: report a failure after staging."""
+    def refit(self, version, tensors, refuse="", fail="", between=None):
+        """One refit; True if it was committed. `refuse`: decide against it. `fail`: report a failure after staging.
+        `between` is called when the version is staged and not yet decided on."""
         self.attempt += 1
         for name, tensor in stacked(tensors).items():
             self.params[name].copy_(tensor)
@@ -84,6 +85,8 @@ class Rounds:
         self.generator.stage(version, self.attempt)
         sent.result(TIMEOUT_S)
         decided.result(TIMEOUT_S)
+        if between is not None:
+            between()
         return self.generator.finish(version, self.attempt)
 
     def audit(self):

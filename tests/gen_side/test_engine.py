@@ -63,6 +63,16 @@ def test_p2p_golden_and_conventional_refits_leave_equal_bytes(case):
     assert hashes[0] == hashes[1] == hashes[2]
 
 
+def test_the_old_version_serves_while_the_new_one_is_staged(case):
+    generator, start, changed, goal = case
+    with Rounds(generator, tensors_of(start), 1) as rounds:
+        assert rounds.refit(14, tensors_of(start))
+        before, meanwhile = greedy(generator), []
+        assert rounds.refit(15, tensors_of(changed), between=lambda: meanwhile.append(greedy(generator)))
+        assert meanwhile == [before]
+        assert greedy(generator) == goal
+
+
 def test_a_refused_refit_leaves_the_old_version_serving(case):
     generator, start, changed, goal = case
     with Rounds(generator, tensors_of(start), 1) as rounds:

@@ -1,6 +1,7 @@
 """A two-rank engine: two worker processes of vLLM's own, refitted, failed, and closed without a trace."""
 
 import os
+import time
 
 import psutil
 import pytest
@@ -24,9 +25,15 @@ def folders(tmp_path_factory):
     return start, shifted(start, folder / "changed", seed=1)
 
 
-@pytest.fixture(scope="module", params=[GenParallel(tensor=2)], ids=["tp2"])
+LAYOUTS = [
+    pytest.param(GenParallel(tensor=2), id="tp2"),
+    pytest.param(GenParallel(pipeline=2), id="pp2", marks=pytest.mark.slow),
+]
+
+
+@pytest.fixture(scope="module", params=LAYOUTS)
 def engine(request, folders):
-    generator = Generator.build(folders[0], request.param, GenOptions(), BUILD_S)
+    generator = Generator.build(folders[0], request.param, GenOptions(call_timeout_s=60), BUILD_S)
     yield generator, request.param
     workers = list(generator._children)
     generator.close()
@@ -88,3 +95,20 @@ def test_an_engine_that_cannot_be_built_leaves_no_process(tmp_path):
     with pytest.raises(Exception, match=r"heads|divisible"):
         Generator.build(folder, GenParallel(tensor=2), GenOptions(), BUILD_S)
     assert set(psutil.Process(os.getpid()).children(recursive=True)) <= before
+
+
+def test_an_engine_whose_worker_dies_says_so_in_time_and_leaves_no_process(engine):
+    """The last of this module's cases: it ends the engine."""
+    generator, _ = engine
+    workers = sorted(
+        (w for w in generator._children if "resource_tracker" not in " ".join(w.cmdline())),
+        key=lambda w: w.pid,
+    )
+    workers[-1].kill()
+    started = time.monotonic()
+    with pytest.raises(Exception, match=r"."):
+        generator.generate([[1, 2, 3]], 1, 4, 0.0, 0)
+    assert time.monotonic() - started < 90
+    everyone = list(generator._children)
+    generator.close()
+    assert not any(worker.is_running() and worker.status() != psutil.STATUS_ZOMBIE for worker in everyone)

@@ -8,7 +8,7 @@ from tests.gen_side.exact import exact
 from tests.gen_side.families import make_family
 from tests.gen_side.farm import run_ranks
 
-pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(600)]
 
 TP1, TP2, TP4 = GenParallel(), GenParallel(tensor=2), GenParallel(tensor=4)
 PP2, TP2_PP2 = GenParallel(pipeline=2), GenParallel(tensor=2, pipeline=2)

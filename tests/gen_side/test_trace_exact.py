@@ -18,7 +18,12 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("case", LAYOUTS)
+IN_EVERY_RUN = ("dense-tp2", "dense-tied-tp2", "moe-tp2")
+
+
+@pytest.mark.parametrize(
+    "case", [case if case in IN_EVERY_RUN else pytest.param(case, marks=pytest.mark.slow) for case in LAYOUTS]
+)
 def test_staging_by_holdings_equals_the_loader_and_two_refits_equal_a_fresh_load(case, checkpoints):
     model, parallel, overrides = LAYOUTS[case]
     start, coded = checkpoints(model, **overrides)
