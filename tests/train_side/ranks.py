@@ -218,3 +218,83 @@ def stale_params(rank, world_size, address, folder):
             errors.append(f"{type(error).__name__}: {error}")
     trainer.close()
     return errors
+
+
+def unknown_mappings(rank, world_size, address, folder):
+    """A bridge with a mapping class of its own for down_proj, and a hook that changes o_proj."""
+    from unittest import mock
+
+    import torch
+
+    from refit.train_side import cpu_compat
+
+    cpu_compat.import_bridge()
+    from megatron.bridge.models.conversion.mapping_registry import MegatronMappingRegistry
+    from megatron.bridge.models.conversion.param_mapping import AutoMapping
+    from megatron.bridge.models.qwen.qwen3_bridge import Qwen3Bridge
+
+    class DoubledMapping(AutoMapping):
+        def megatron_to_hf(self, weights, module):
+            return {name: 2 * weight for name, weight in super().megatron_to_hf(weights, module).items()}
+
+    known = Qwen3Bridge.mapping_registry
+
+    def registry(self):
+        return MegatronMappingRegistry(
+            *(
+                DoubledMapping(mapping.megatron_param, mapping.hf_param)
+                if str(mapping.hf_param).endswith("down_proj.weight")
+                else mapping
+                for mapping in known(self).get_all_mappings()
+            )
+        )
+
+    def change(self, task, weights, state):
+        return {name: w + 1 if name.endswith("o_proj.weight") else w for name, w in weights.items()}
+
+    with (
+        mock.patch.object(Qwen3Bridge, "mapping_registry", registry),
+        mock.patch.object(Qwen3Bridge, "maybe_modify_converted_hf_weight", change),
+    ):
+        trainer = build(rank, world_size, address, folder, TrainParallel(), precision="fp32")
+        manifest = trainer.describe()
+        exported = {name: weight.clone() for name, weight in trainer.export()}
+        trainer.close()
+    one = "model.layers.0.mlp.down_proj.weight"
+    param = trainer.params()["chunk0/decoder.layers.0.mlp.linear_fc2.weight"]
+    return {
+        "misc": {reason.tensor: reason.reason for reason in manifest.misc},
+        "held": sorted({holding.tensor for holding in manifest.holdings}),
+        "tensors": sorted(spec.name for spec in manifest.tensors),
+        "export_is_doubled": torch.equal(exported[one], 2 * param),
+    }
+
+
+def cuda_requests(rank, world_size, address):
+    """What CUDA requests give inside, between and after the scopes of `cpu_compat`."""
+    import sys
+
+    import torch
+
+    from refit.train_side import cpu_compat
+
+    cpu_compat.import_bridge()
+    from megatron.core.extensions.transformer_engine import HAVE_TE
+
+    with cpu_compat.cpu_megatron():
+        inside = {
+            "device": str(torch.cuda.current_device()),
+            "made": str(torch.zeros(2, device="cuda").device),
+            "moved": str(torch.zeros(2).cuda().device),
+            "type": torch.zeros(2, dtype=torch.bfloat16).type(),
+        }
+    made, between = [], []
+    for kind in cpu_compat.stepwise(torch.zeros(1).type() for _ in range(2)):
+        made.append(kind)
+        between.append(torch.zeros(1).type())
+    return {
+        "inside": inside | {"stepwise": made},
+        "between_steps": between,
+        "after": torch.zeros(2, dtype=torch.bfloat16).type(),
+        "no_transformer_engine": not HAVE_TE and "transformer_engine" not in sys.modules,
+    }

@@ -110,3 +110,15 @@ def test_a_rarer_layout_does_so_too(trainers, checkpoints, case):
     name, overrides, parallel = case
     folder = checkpoints(name, coded=True, **overrides)
     check_addresses(trainers.run(ranks.address_truth, parallel.world_size, str(folder), parallel))
+
+
+def test_what_bridge_changes_on_its_way_out_is_misc_with_the_reason_and_the_rest_is_not(
+    trainers, checkpoints
+):
+    (found,) = trainers.run(ranks.unknown_mappings, 1, str(checkpoints("tiny-qwen3")))
+    changed = {name for name in found["tensors"] if name.endswith(("down_proj.weight", "o_proj.weight"))}
+    assert set(found["misc"]) == changed and len(changed) == 8
+    assert set(found["held"]) == set(found["tensors"]) - changed
+    assert "DoubledMapping has no lowering rule" in found["misc"]["model.layers.0.mlp.down_proj.weight"]
+    assert "Qwen3Bridge changes" in found["misc"]["model.layers.3.self_attn.o_proj.weight"]
+    assert found["export_is_doubled"]
