@@ -14,6 +14,7 @@ from refit.plan.errors import ConfigError, PlanError
 COMMANDS = {
     "plan": ("refit.commands.plan", "plan a refit and report bytes, links, memory, seconds"),
     "explain": ("refit.commands.explain", "who sends which box of a tensor to whom"),
+    "simulate": ("refit.commands.simulate", "timeline of a refit on a fabric, with stragglers and failures"),
 }
 
 

@@ -1,0 +1,161 @@
+"""`simulate`: a timeline of the bulk transfer on a fabric, with stragglers and failures; writes an SVG picture."""
+
+import argparse
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+from refit.commands.common import Planned, add_plan_arguments, planned, rank_name
+from refit.commands.tables import amount, seconds, show
+from refit.plan import ConfigError, Plan
+from refit.plan.cost import cost_of
+from refit.plan.simulate import Faults, Timeline, simulate
+
+MAX_ROWS = 48
+WIDTH, ROW, LEFT = 900, 14, 90
+COLOURS = ("#3b6ea5", "#c0603a", "#4f8a5b", "#8c5fa8", "#b59a2c", "#3f9aa0", "#a5455f", "#6b6b6b")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_plan_arguments(parser)
+    parser.add_argument(
+        "--streams", type=int, default=2, help="trainer stages in flight per generator (default 2)"
+    )
+    parser.add_argument(
+        "--slow",
+        action="append",
+        default=[],
+        metavar="RANK=FACTOR",
+        help="train:3=0.5 halves that rank's link",
+    )
+    parser.add_argument(
+        "--fail",
+        action="append",
+        default=[],
+        metavar="RANK=SECOND",
+        help="gen:0=0.2 kills that rank at 0.2 s",
+    )
+    parser.add_argument(
+        "--deadline", type=float, default=60.0, help="seconds until peers of a dead rank give up"
+    )
+    parser.add_argument(
+        "--picture", type=Path, default=None, metavar="FILE.svg", help="write the timeline here"
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    done = planned(arguments)
+    faults = Faults(
+        {
+            rank: factor
+            for rank, factor in (_fault(done.plan, text) for text in arguments.slow)
+            if _positive(factor)
+        },
+        dict(_fault(done.plan, text) for text in arguments.fail),
+        arguments.deadline,
+    )
+    timeline = simulate(done.plan, done.topology, arguments.streams or None, faults)
+    if arguments.picture is not None:
+        arguments.picture.write_text(picture(done.plan, timeline))
+    if arguments.json:
+        print(json.dumps(_report(done, timeline)))
+    else:
+        _print(done, timeline, arguments)
+    return 0
+
+
+def _fault(plan: Plan, text: str) -> tuple[int, float]:
+    """`train:3=0.5` as (joint rank, value)."""
+    place, equals, value = text.partition("=")
+    side, colon, rank = place.partition(":")
+    try:
+        number, factor = int(rank), float(value)
+    except ValueError:
+        number, factor = -1, -1.0
+    count = {"train": plan.num_train, "gen": plan.num_gen}.get(side, 0)
+    if not (equals and colon and 0 <= number < count and factor >= 0):
+        raise ConfigError(
+            f"fault {text!r} must be train:RANK=NUMBER or gen:RANK=NUMBER with a rank of this plan"
+        )
+    return (number if side == "train" else plan.num_train + number), factor
+
+
+def _positive(factor: float) -> bool:
+    if factor <= 0:
+        raise ConfigError("a --slow factor must be above 0; use --fail for a dead rank")
+    return True
+
+
+def _report(done: Planned, timeline: Timeline) -> dict[str, object]:
+    return {
+        "model": done.model,
+        "seconds": timeline.seconds,
+        "bound_s": cost_of(done.plan, done.topology).bound_s,
+        "failure": timeline.failure,
+        "straggler": rank_name(done.plan, timeline.straggler),
+        "num_chunks": timeline.num_chunks,
+        "utilization": timeline.utilization,
+        "spans": [asdict(span) for span in timeline.spans],
+        "digest": done.plan.digest,
+    }
+
+
+def _print(done: Planned, timeline: Timeline, arguments: argparse.Namespace) -> None:
+    plan = done.plan
+    bound_s = cost_of(plan, done.topology).bound_s
+    if timeline.failure:
+        print(f"FAILED: {timeline.failure}")
+    rows: list[tuple[object, ...]] = [
+        ("simulated" if not timeline.failure else "given up after", seconds(timeline.seconds)),
+        ("lower bound of a direct plan", seconds(bound_s)),
+        ("stages in flight", arguments.streams or len(plan.stages)),
+        ("generator links in use", f"{timeline.utilization:.1%}"),
+        ("busy last", rank_name(plan, timeline.straggler)),
+        ("chunks", timeline.num_chunks),
+    ]
+    show(f"{done.model}: simulated bulk transfer", ("what", "value"), rows)
+    last = sorted(timeline.spans, key=lambda span: (-span.stop_s, span.rank))[:8]
+    show(
+        "latest to finish",
+        ("rank", "stage", "from", "to", "bytes"),
+        [
+            (
+                rank_name(plan, span.rank),
+                span.stage,
+                seconds(span.start_s),
+                seconds(span.stop_s),
+                amount(span.num_bytes),
+            )
+            for span in last
+        ],
+    )
+    if arguments.picture is not None:
+        print(f"picture: {arguments.picture}")
+
+
+def picture(plan: Plan, timeline: Timeline) -> str:
+    """The timeline as SVG: a row per rank, a bar per stage; at most MAX_ROWS ranks, evenly chosen."""
+    ranks = sorted({span.rank for span in timeline.spans})
+    step = max(1, -(-len(ranks) // MAX_ROWS))
+    rows = {rank: number for number, rank in enumerate(ranks[::step])}
+    height = ROW * (len(rows) + 3)
+    scale = (WIDTH - LEFT - 20) / (timeline.seconds or 1.0)
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{height}" font-family="sans-serif"'
+        ' font-size="10">',
+        f'<text x="4" y="12">bulk transfer, {timeline.seconds:.3f} s{"  FAILED" if timeline.failure else ""};'
+        " colour = trainer stage</text>",
+    ]
+    for rank, row in rows.items():
+        parts.append(f'<text x="4" y="{ROW * (row + 2) + 10}">{rank_name(plan, rank)}</text>')
+    for span in timeline.spans:
+        if span.rank in rows:
+            x, width = LEFT + span.start_s * scale, max(1.0, (span.stop_s - span.start_s) * scale)
+            y = ROW * (rows[span.rank] + 2)
+            colour = COLOURS[span.stage % len(COLOURS)]
+            parts.append(
+                f'<rect x="{x:.1f}" y="{y + 1}" width="{width:.1f}" height="{ROW - 3}" fill="{colour}"'
+                f' fill-opacity="0.55"><title>{rank_name(plan, span.rank)} stage {span.stage}:'
+                f" {span.start_s:.4f}-{span.stop_s:.4f} s, {amount(span.num_bytes)}</title></rect>"
+            )
+    return "\n".join([*parts, "</svg>", ""])
