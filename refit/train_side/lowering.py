@@ -113,6 +113,7 @@ class LoweredModel:
         holdings: list[Holding] = []
         misc: dict[str, str] = {}
         dtypes: dict[str, str] = {}
+        kinds: dict[tuple[type, str], str] = {}
         for task in self.own_tasks():
             weight = self._live(task)
             dtype = str(weight.dtype).removeprefix("torch.")
@@ -120,7 +121,7 @@ class LoweredModel:
             names = {canonical(name)[0]: dtype for name in _hf_names(task)}
             dtypes |= names
             try:
-                holdings.extend(self._lower(task, weight))
+                holdings.extend(self._lower(task, weight, kinds))
             except CannotLowerError as error:
                 misc |= dict.fromkeys(names, str(error))
         for copy, original in self.copies.items():
@@ -150,7 +151,7 @@ class LoweredModel:
         tensor_name, expert = canonical(name)
         return HfTensor(tensor_name, self.hf_shapes[name], expert)
 
-    def _lower(self, task: Any, weight: Tensor) -> Iterator[Holding]:
+    def _lower(self, task: Any, weight: Tensor, kinds: dict[tuple[type, str], str]) -> Iterator[Holding]:
         name = param_name(task)
         if name in self.not_plain:
             raise CannotLowerError(self.not_plain[name])
@@ -159,9 +160,8 @@ class LoweredModel:
             raise CannotLowerError(f"Bridge's {type(task.mapping).__name__} has no lowering rule")
         param = local_param(name, weight)
         config = task.mapping._get_config(task.megatron_module)
-        yield from holdings_of(
-            param, rule(Subject(task.mapping, task.megatron_module, config, param, self._tensor))
-        )
+        subject = Subject(task.mapping, task.megatron_module, config, param, self._tensor, kinds)
+        yield from holdings_of(param, rule(subject))
 
     def _live(self, task: Any) -> Tensor:
         """The parameter as its module has it now, proven to be the one that was prepared."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from refit.train_side.pieces import CannotLowerError, HfTensor, LocalParam, Piece
@@ -17,13 +17,29 @@ from refit.train_side.pieces import CannotLowerError, HfTensor, LocalParam, Piec
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """What a rule may look at. `tensor(name)` gives an HF tensor of the checkpoint by its name."""
+    """What a rule may look at. `tensor(name)` gives an HF tensor of the checkpoint by its name.
+
+    `kinds` remembers what Bridge said about a module class: it tries to import modelopt each time it is asked,
+    which is 80 % of the time to lower a parameter.
+    """
 
     mapping: Any
     module: Any
     config: Any
     param: LocalParam
     tensor: Callable[[str], HfTensor]
+    kinds: dict[tuple[type, str], str] = field(default_factory=dict)
+
+    @property
+    def kind(self) -> str:
+        """Bridge's "column", "row" or "replicated" for this parameter of its module."""
+        known = self.mapping._MODULE_TYPE_REGISTRY.values()
+        if not any(type(self.module).__name__ in names for names in known):
+            return self.mapping._detect_parallelism_type(self.module)  # depends on the module's attributes
+        key = (type(self.module), self.mapping.megatron_param.rpartition(".")[2])
+        if key not in self.kinds:
+            self.kinds[key] = self.mapping._detect_parallelism_type(self.module)
+        return self.kinds[key]
 
     def hf(self, part: str) -> HfTensor:
         return self.tensor(self.mapping.hf_param[part])
@@ -101,8 +117,7 @@ def row(subject: Subject) -> Iterator[Piece]:
 
 def auto(subject: Subject) -> Iterator[Piece]:
     """Bridge finds out from the module whether it is column, row or replicated."""
-    kind = subject.mapping._detect_parallelism_type(subject.module)
-    pieces = {"column": column, "row": row, "replicated": replicated}[kind]
+    pieces = {"column": column, "row": row, "replicated": replicated}[subject.kind]
     if subject.mapping.permute_dims is None:
         yield from pieces(subject)
     else:
@@ -271,7 +286,7 @@ def gdn_conv1d(subject: Subject) -> Iterator[Piece]:
 
 def fused_expert(subject: Subject) -> Iterator[Piece]:
     """One expert of an HF tensor [experts, rows, columns]."""
-    kind = subject.mapping._detect_parallelism_type(subject.module)
+    kind = subject.kind
     rows, columns = subject.param.tp_shape
     full = (rows * subject.tp_size, columns) if kind == "column" else (rows, columns * subject.tp_size)
     tensor, dims = subject.one_expert(full)
