@@ -121,8 +121,12 @@ class TrainActor(_Actor):
         return {"seconds": time.monotonic() - started_s}
 
     def prepare_refit(self, store_address: str, run_id: str, timeout_s: float) -> dict[str, Any]:
-        """Describe, agree on the plan, open the groups. Returns {"rank", "digest", "num_misc", "seconds"}."""
+        """Describe, agree on the plan, open the groups. Returns {"rank", "digest", "num_misc", "seconds"}.
+
+        A second call leaves the groups of the first, for example to change from one way of moving weights to another.
+        """
         started_s = time.monotonic()
+        self._leave()
         with self._doing("prepare"):
             from refit.transfer.endpoint import Endpoint
             from refit.transfer.protocol import INPUTS, Inputs
@@ -187,11 +191,18 @@ class TrainActor(_Actor):
 
     def close(self) -> None:
         """Close groups and store; safe after a failure."""
-        for part in (self._endpoint, self._control, self._policy):
+        self._leave()
+        if self._policy is not None:
+            with contextlib.suppress(Exception):  # a closing that fails must not hide why the job ended
+                self._policy.close()
+        self._policy = None
+
+    def _leave(self) -> None:
+        for part in (self._endpoint, self._control):
             if part is not None:
                 with contextlib.suppress(Exception):  # a closing that fails must not hide why the job ended
                     part.close()
-        self._endpoint = self._control = self._policy = None
+        self._endpoint = self._control = None
 
     def _from_first_rank(self, values: list[list[float]]) -> list[list[float]] | None:
         return values if self._train_rank == 0 else None

@@ -26,6 +26,9 @@ from refit.transfer.errors import TransportError
 
 OBJECT_STORE_BYTES = 256 * 2**20
 START_TIMEOUT_S = 300.0
+SHARED_MEMORY = "/dev/shm/"  # noqa: S108  not a temporary file of ours
+START_ATTEMPTS = 2
+CLOSE_S = 8.0
 LEAVE_S = 10.0
 MAX_SEQUENCES = 256  # an engine samples up to this many answers at once
 ENVIRONMENT = {
@@ -46,7 +49,9 @@ class Cluster:
     def __init__(self, config: JobConfig, log_folder: Path) -> None:
         self._config = config
         self._log_folder = log_folder
+        self._ray_processes: list[psutil.Process] = []
         self._seen: dict[tuple[int, float], psutil.Process] = {}
+        self._segments: set[Path] = set()
         self.trainers: tuple[Any, ...] = ()
         self.generators: tuple[Any, ...] = ()
 
@@ -57,13 +62,7 @@ class Cluster:
             os.environ.setdefault(name, value)
         cluster = cls(config, log_folder)
         try:
-            try:
-                _init_ray(config)
-            except (ConnectionError, RuntimeError, ValueError) as error:
-                where = config.cluster.address or "on this machine"
-                raise TransportError(
-                    f"Ray did not start or answer ({where}): {error}; see cluster.address"
-                ) from error
+            cluster._ray_processes = _start_ray(config)
             cluster.trainers = tuple(
                 cluster._actor(TrainActor, rank, f"train-{rank}", 1)
                 for rank in range(config.policy.world_size)
@@ -112,14 +111,23 @@ class Cluster:
         return {who: answer["seconds"] for who, answer in built.items()}
 
     def remember_processes(self) -> None:
-        """Note every process below this one, so that `close` finds those that lose their parent meanwhile."""
-        for process in psutil.Process().children(recursive=True):
+        """Note every process of our Ray, so that `close` finds those that lose their parent meanwhile.
+
+        Also the shared memory they map: vLLM's workers leave 16 MiB of it behind when they are ended.
+        """
+        for root in self._ray_processes:
             with contextlib.suppress(psutil.NoSuchProcess):
-                self._seen[process.pid, process.create_time()] = process
+                for process in (root, *root.children(recursive=True)):
+                    self._seen[process.pid, process.create_time()] = process
+                    self._segments |= shared_memory_of(process.pid)
 
     def close(self) -> None:
-        """Kill the actors, end Ray, and wait until none of the processes of this job is left. Idempotent."""
+        """End actors and Ray, and wait until none of the processes of this job is left. Idempotent.
+
+        Actors get CLOSE_S to leave groups and engines in order; one that hangs is killed then.
+        """
         self.remember_processes()
+        self._ask_to_close()
         for actor in self.trainers + self.generators:
             with contextlib.suppress(Exception):  # it may be dead already, which is what is wanted
                 ray.kill(actor)
@@ -127,7 +135,20 @@ class Cluster:
         if ray.is_initialized():
             ray.shutdown()
         end_processes(list(self._seen.values()), LEAVE_S)
+        for segment in self._segments:
+            segment.unlink(missing_ok=True)
         self._seen.clear()
+        self._segments.clear()
+
+    def _ask_to_close(self) -> None:
+        if not ray.is_initialized():
+            return
+        with contextlib.suppress(
+            Exception
+        ):  # one that is dead or stuck is killed next, which is what is wanted
+            closing = [actor.close.remote() for actor in self.trainers + self.generators]
+            if closing:
+                ray.wait(closing, num_returns=len(closing), timeout=CLOSE_S)
 
     def _actor(self, kind: type[Any], number: int, name: str, num_devices: int) -> Any:
         local = self._config.cluster.address is None
@@ -144,6 +165,16 @@ class Cluster:
         )
 
 
+def shared_memory_of(pid: int) -> set[Path]:
+    """The named shared memory segments that a process maps; empty where there is no /proc, or no such process."""
+    try:
+        lines = Path(f"/proc/{pid}/maps").read_text().splitlines()
+    except OSError:
+        return set()
+    names = {line.partition(SHARED_MEMORY)[2] for line in lines if SHARED_MEMORY in line}
+    return {Path(SHARED_MEMORY) / name for name in names if not name.endswith(" (deleted)")}
+
+
 def end_processes(processes: list[psutil.Process], patience_s: float) -> None:
     """Wait for processes to leave; ask, then force, those still there after half and all of `patience_s`."""
     deadline_s = time.monotonic() + patience_s
@@ -156,6 +187,28 @@ def end_processes(processes: list[psutil.Process], patience_s: float) -> None:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
     psutil.wait_procs(alive, timeout=patience_s / 2)
+
+
+def _start_ray(config: JobConfig) -> list[psutil.Process]:
+    """Start or join Ray; returns the processes that this started. Raises TransportError if Ray does not come up.
+
+    Ray gives its own start 30 s, which a busy machine may miss: START_ATTEMPTS.
+    """
+    others = set(psutil.Process().children())
+    where = config.cluster.address or "on this machine"
+    for attempt in range(1, START_ATTEMPTS + 1):
+        try:
+            _init_ray(config)
+        except Exception as error:  # Ray raises bare Exceptions here
+            ray.shutdown()
+            end_processes([child for child in psutil.Process().children() if child not in others], LEAVE_S)
+            if attempt == START_ATTEMPTS:
+                raise TransportError(
+                    f"Ray did not start or answer ({where}), {attempt} times: {error}; see cluster.address"
+                ) from error
+        else:
+            break
+    return [child for child in psutil.Process().children() if child not in others]
 
 
 def _init_ray(config: JobConfig) -> None:

@@ -6,13 +6,15 @@ import os
 import subprocess
 import sys
 import time
+from multiprocessing import shared_memory
+from pathlib import Path
 
 import psutil
 import pytest
 import ray
 
 from refit.run import load_config
-from refit.service.cluster import Cluster, end_processes
+from refit.service.cluster import Cluster, end_processes, shared_memory_of
 from refit.service.waiting import collect, root_cause
 from refit.transfer.errors import Failure, RefitFailed, TransportError
 
@@ -122,11 +124,21 @@ def test_processes_that_do_not_leave_by_themselves_are_ended():
         assert not process.is_running()
 
 
+def test_shared_memory_of_a_process_is_found_by_its_name():
+    segment = shared_memory.SharedMemory(create=True, size=4096)
+    try:
+        assert Path("/dev/shm") / segment.name.lstrip("/") in shared_memory_of(os.getpid())
+    finally:
+        segment.close()
+        segment.unlink()
+    assert shared_memory_of(2**22 + 1) == set()
+
+
 def test_closing_leaves_no_process_behind(local_ray):
     """Last in this file: it closes the Ray of the others."""
-    local_ray.remember_processes()
-    mine = psutil.Process().children(recursive=True)
-    assert len(mine) >= 3
+    roots = local_ray._ray_processes
+    mine = [*roots, *(child for root in roots for child in root.children(recursive=True))]
+    assert len(mine) >= 6  # the Ray daemons, the job's actors and the workers of this file
     local_ray.close()
     assert [
         process for process in mine if process.is_running() and process.status() != psutil.STATUS_ZOMBIE
