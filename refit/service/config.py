@@ -27,7 +27,7 @@ class PolicyConfig:
     expert_parallel: int = 1
     data_parallel: int = 1
     precision: str = "bf16"
-    lr: float = 2e-3
+    lr: float = 1e-3
     clip_ratio: float = 0.2
     kl_coef: float = 0.01
     num_microbatches: int = 2
