@@ -63,6 +63,7 @@ class Recorder(TorchDispatchMode):
         self.writes: list[Write] = []
         self.read_values: set[str] = set()
         self.current = ""
+        self._changed: set[str] = set()
         self._params: dict[int, tuple[str, int]] = {}
         for name, tensor in params.items():
             if tensor.numel():  # of two names of one memory, the first is the one that is written
@@ -79,11 +80,13 @@ class Recorder(TorchDispatchMode):
         if func is _ATEN._local_scalar_dense.default and names:
             self.read_values |= names
             return _zero_of(args[0])
-        written = [t for t in _written(func, args, kwargs) if _key(t) in self._params]
+        targets = _written(func, args, kwargs)
+        written = [t for t in targets if _key(t) in self._params]
         if written:
             for target in written:
                 self._record(func, target, args, names)
             return args[0]
+        self._changed |= {self._sources[_key(t)] for t in targets if _key(t) in self._sources}
         result = func(*args, **kwargs)
         if names:
             for out in tree_leaves(result):
@@ -109,7 +112,10 @@ class Recorder(TorchDispatchMode):
         self, target: torch.Tensor, source: torch.Tensor, param: str, dst: View, names: frozenset[str]
     ) -> None:
         tensor = self._sources.get(_key(source))
-        if tensor is not None and source.dtype is not self._dtypes[tensor]:
+        if tensor in self._changed:
+            reason = "the loader changes the tensor before it stores it"
+            self.writes.append(Computed(names, param, reason))
+        elif tensor is not None and source.dtype is not self._dtypes[tensor]:
             reason = f"the loader reads its {self._dtypes[tensor]} as {source.dtype}"
             self.writes.append(Computed(names, param, reason))
         elif tensor is not None:

@@ -68,6 +68,7 @@ def make_family(family, folder, dtype="float32"):
     """Write the tiny checkpoint of `family` into `folder` and return it."""
     import torch
     import transformers
+    from safetensors.torch import load_file, save_file
 
     kind, fields = FAMILIES[family]
     config = getattr(transformers, kind)(**(BASE | fields))
@@ -79,4 +80,9 @@ def make_family(family, folder, dtype="float32"):
                 param.add_(torch.randn_like(param), alpha=0.02)
     Path(folder).mkdir(parents=True, exist_ok=True)
     model.to(getattr(torch, dtype)).save_pretrained(folder)
+    file = Path(folder) / "model.safetensors"
+    weights = load_file(file)
+    if "backbone.embedding.weight" in weights:  # published Nemotron-H checkpoints say embeddings
+        weights["backbone.embeddings.weight"] = weights.pop("backbone.embedding.weight")
+        save_file(weights, file, metadata={"format": "pt"})
     return Path(folder)

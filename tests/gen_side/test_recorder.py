@@ -60,6 +60,15 @@ def test_a_value_read_on_the_host_is_noted(scene):
     assert recorder.read_values == {"t"}
 
 
+def test_a_tensor_that_the_loader_changed_first_is_no_copy(scene):
+    param, source, recorder = scene
+    with recorder:
+        source.zero_()
+        param[:6].copy_(source)
+    (write,) = recorder.writes
+    assert isinstance(write, Computed) and write.tensors == {"t"}
+
+
 def test_bytes_read_as_another_type_are_no_copy():
     param = torch.empty(4, dtype=torch.uint8, device="meta")
     source = torch.empty(4, dtype=torch.int8, device="meta")
