@@ -20,6 +20,24 @@ CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 MIN_BUFFER_BYTES = 2**16
 MAX_STREAMS = 32
 GIB = 2**30
+AT_LEAST_ONE = {
+    "policy": (
+        "tensor_parallel",
+        "pipeline_parallel",
+        "expert_parallel",
+        "data_parallel",
+        "num_microbatches",
+    ),
+    "generation": (
+        "tensor_parallel",
+        "pipeline_parallel",
+        "expert_parallel",
+        "replicas",
+        "max_model_len",
+        "max_new_tokens",
+    ),
+    "grpo": ("steps", "prompts_per_step"),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,25 +82,7 @@ type Rule = Callable[[Case], Iterator[Violation]]
 def sizes(case: Case) -> Iterator[Violation]:
     """Counts are positive and numbers lie in their ranges."""
     config = case.config
-    at_least_one = {
-        "policy": (
-            "tensor_parallel",
-            "pipeline_parallel",
-            "expert_parallel",
-            "data_parallel",
-            "num_microbatches",
-        ),
-        "generation": (
-            "tensor_parallel",
-            "pipeline_parallel",
-            "expert_parallel",
-            "replicas",
-            "max_model_len",
-            "max_new_tokens",
-        ),
-        "grpo": ("steps", "prompts_per_step"),
-    }
-    for section, names in at_least_one.items():
+    for section, names in AT_LEAST_ONE.items():
         for name in names:
             yield from _within(f"{section}.{name}", getattr(getattr(config, section), name), 1, None)
     for key, value in (
