@@ -1,0 +1,62 @@
+"""What real vLLM ranks say they hold, and how to compare two rank manifests."""
+
+from dataclasses import replace
+
+from refit.plan import RankManifest, coalesce_holdings, encode_rank_manifest
+
+
+def traced(rank, address, parallel, folder):
+    """Body of one forked vLLM rank: the manifest that tracing its loader gives, as text."""
+    import contextlib
+    import io
+
+    from vllm.config import set_current_vllm_config
+
+    from refit.gen_side.bare import join_ranks, load
+    from refit.gen_side.hf_index import read_hf_shapes
+    from refit.gen_side.trace import trace_loader
+
+    with contextlib.redirect_stderr(io.StringIO()):
+        join_ranks(folder, parallel, "float32", rank, address)
+        worker = load(folder, parallel, "float32", rank, load_format="dummy")
+        with set_current_vllm_config(worker.config):
+            trace = trace_loader(worker.model, read_hf_shapes(folder))
+    stage = rank // parallel.tensor % parallel.pipeline
+    return encode_rank_manifest(trace.manifest(gen_rank=rank, stage=stage, replica=0))
+
+
+def differences(real: RankManifest, synthetic: RankManifest) -> list[str]:
+    """Where the two differ in tensors, misc names, params or holdings; strides of dims of one element are free."""
+    found: list[str] = []
+    for what, mine, theirs in (
+        (
+            "place",
+            {(real.side, real.rank, real.stage, real.replica)},
+            {(synthetic.side, synthetic.rank, synthetic.stage, synthetic.replica)},
+        ),
+        ("tensor", set(real.tensors), set(synthetic.tensors)),
+        ("misc", {one.tensor for one in real.misc}, {one.tensor for one in synthetic.misc}),
+        ("param", used_params(real), used_params(synthetic)),
+        ("holding", holdings(real), holdings(synthetic)),
+    ):
+        found += [f"{what} only in the real manifest: {one}" for one in sorted(map(str, mine - theirs))]
+        found += [f"{what} only in the synthetic manifest: {one}" for one in sorted(map(str, theirs - mine))]
+    return found
+
+
+def used_params(manifest):
+    used = {held.param for held in manifest.holdings}
+    return {param for param in manifest.params if param.name in used}
+
+
+def holdings(manifest):
+    return {
+        replace(
+            held,
+            strides=tuple(
+                stride if size > 1 else 0
+                for stride, size in zip(held.strides, held.region.shape, strict=True)
+            ),
+        )
+        for held in coalesce_holdings(manifest.holdings)
+    }
