@@ -39,7 +39,7 @@ OK, FAILED, REFUSED, INTERRUPTED = 0, 1, 2, 130
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a job from a command line. Returns the exit code; prints one clear message for a failure."""
     signal.signal(signal.SIGTERM, _interrupt)
-    arguments = _parser().parse_args(sys.argv[1:] if argv is None else argv)
+    arguments = _parser().parse_intermixed_args(sys.argv[1:] if argv is None else argv)
     with _only_summary_on_stdout() as stdout:
         try:
             config = load_config(arguments.config_name, arguments.overrides, arguments.config_dir)

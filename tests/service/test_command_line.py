@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from refit.plan.errors import ConfigError
-from refit.run import CONFIG_FOLDER, load_config
+from refit.run import CONFIG_FOLDER, load_config, main
 from refit.service.config import known_keys
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -166,3 +166,18 @@ def test_refusing_a_key_costs_no_import_of_torch_or_ray():
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60, check=True
     )
     assert json.loads(found.stdout.replace("'", '"')) == []
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("--cfg", "job", "--config-name", "tp2_to_tp1", "+policy.nccl_xfer_refit=true", "grpo.steps=7"),
+        ("+policy.nccl_xfer_refit=true", "--config-name", "tp2_to_tp1", "grpo.steps=7", "--cfg", "job"),
+        ("grpo.steps=7", "--config-name=tp2_to_tp1", "--cfg=job", "++policy.nccl_xfer_refit=true"),
+    ],
+)
+def test_options_and_overrides_may_come_in_any_order(arguments, capfd):
+    assert main(arguments) == 0
+    printed = capfd.readouterr().out
+    for line in ("steps: 7", "tensor_parallel: 2", "nccl_xfer_refit: true"):
+        assert line in printed
