@@ -202,8 +202,11 @@ class Generator:
             self._llm.init_weight_transfer_engine({"init_info": {"action": "audit", "audit": audit_id}})
             self._settle("audit")
 
-    def flip_element(self, param: str, index: int, worker: int = 0) -> int:
-        """Fault injection for validation runs: flip a bit of one live element of one worker. 0 if it lacks it."""
+    def flip_element(self, param: str, index: int, worker: int | None = None) -> int:
+        """Fault injection for validation runs: flip a bit of one live element of `worker`, or of every worker.
+
+        Returns how many workers had it.
+        """
         with self._bounded("flip_element", self._timeout_s):
             found = self._llm.collective_rpc(
                 "refit_flip_element", timeout=self._timeout_s, args=(param, index, worker)

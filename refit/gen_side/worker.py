@@ -29,8 +29,10 @@ class RefitWorker:
             batch_size=runner.max_num_tokens, dtype=runner.model_config.dtype, device=runner.device
         )
 
-    def refit_flip_element(self, param: str, index: int, worker: int) -> bool:
-        """Fault injection for validation: flip one bit of one live element of worker `worker`. True if done.
+    def refit_flip_element(self, param: str, index: int, worker: int | None = None) -> bool:
+        """Fault injection for validation: flip one bit of one live element of `worker`, or of every worker.
+
+        True if this worker did it.
 
         A weight that the kernel keeps packed is flipped by packing a flipped copy, through vLLM's own processing.
         """
@@ -38,7 +40,7 @@ class RefitWorker:
 
         from refit.gen_side.readback import packed_modules, read_packed
 
-        if get_world_group().rank_in_group != worker:
+        if worker not in (None, get_world_group().rank_in_group):
             return False
         model = self.model_runner.get_model()
         modules = dict(model.named_modules())
