@@ -1,0 +1,171 @@
+"""What the coordinator concludes from reports and descriptions: silence is never agreement."""
+
+from __future__ import annotations
+
+import copy
+import re
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from refit.plan import (
+    Holding,
+    Manifest,
+    ParamSpec,
+    Plan,
+    PlanError,
+    PlanOptions,
+    RankManifest,
+    Region,
+    TensorSpec,
+    build_plan,
+    encode_rank_manifest,
+)
+from refit.service.agreement import Terms, agree_on_plan, describe_mismatches, mismatches_of
+from refit.service.config import JobConfig, PolicyConfig, RefitConfig
+from refit.service.coordinator import whitelist_of
+from refit.transfer.errors import RefitFailed, TransportError
+from refit.transfer.protocol import OK, describe_key, digest_key, ready_key
+from refit.transfer.rendezvous import ControlStore
+
+UP = TensorSpec("model.layers.0.mlp.up_proj.weight", (4, 2), "bfloat16")
+ROTARY = TensorSpec("model.rotary.table", (2,), "bfloat16")
+
+
+def rank_manifest(side: str, rank: int, first_row: int, stop_row: int) -> RankManifest:
+    rows = stop_row - first_row
+    return RankManifest(
+        side,
+        rank,
+        stage=0,
+        replica=0,
+        tensors=(UP, ROTARY),
+        params=(ParamSpec("w", (rows, 2), "bfloat16"), ParamSpec("t", (2,), "bfloat16")),
+        holdings=(
+            Holding(UP.name, Region((first_row, 0), (stop_row, 2)), "w", 0, (2, 1)),
+            Holding(ROTARY.name, Region((0,), (2,)), "t", 0, (1,)),
+        ),
+        misc=(),
+    )
+
+
+TRAIN = Manifest("train", (rank_manifest("train", 0, 0, 2), rank_manifest("train", 1, 2, 4)))
+GEN = Manifest("gen", (rank_manifest("gen", 0, 0, 4),))
+
+
+@pytest.fixture
+def plan() -> Plan:
+    return build_plan(TRAIN, GEN, PlanOptions())
+
+
+@pytest.fixture
+def reports() -> dict[int, Any]:
+    """Trainers 0 and 1 sent halves that sum to what joint rank 2 holds; the table went by broadcast."""
+    trainer = {"misc_digests": {}}
+    return {
+        0: {**trainer, "digests": {UP.name: {"2": f"{2**64 - 1:016x}"}}, "misc_digests": {ROTARY.name: "07"}},
+        1: {**trainer, "digests": {UP.name: {"2": f"{5:016x}"}}},
+        2: {"digests": {UP.name: {"2": f"{4:016x}"}}, "misc_digests": {ROTARY.name: "07"}},
+    }
+
+
+def test_a_table_that_no_pattern_names_is_misc(plan: Plan) -> None:
+    assert plan.misc_names == (ROTARY.name,)
+
+
+def test_digests_of_all_senders_add_up_modulo_two_to_the_64(plan: Plan, reports: dict[int, Any]) -> None:
+    assert mismatches_of(plan, reports) == ()
+
+
+@pytest.mark.parametrize(
+    ("rank", "section", "tensor"),
+    [
+        (0, "digests", UP.name),
+        (1, "digests", UP.name),
+        (2, "digests", UP.name),
+        (0, "misc_digests", ROTARY.name),
+    ],
+)
+def test_a_digest_that_is_missing_on_one_side_is_a_mismatch_and_named(
+    plan: Plan, reports: dict[int, Any], rank: int, section: str, tensor: str
+) -> None:
+    silent = copy.deepcopy(reports)
+    del silent[rank][section][tensor]
+    found = mismatches_of(plan, silent)
+    assert [(mismatch.tensor, mismatch.gen_rank) for mismatch in found] == [(tensor, 0)]
+    assert tensor in describe_mismatches(found)
+
+
+def test_a_changed_misc_digest_is_a_mismatch(plan: Plan, reports: dict[int, Any]) -> None:
+    reports[2]["misc_digests"][ROTARY.name] = "08"
+    assert [mismatch.tensor for mismatch in mismatches_of(plan, reports)] == [ROTARY.name]
+
+
+def test_many_mismatches_are_counted_and_the_first_few_spelled_out(
+    plan: Plan, reports: dict[int, Any]
+) -> None:
+    reports[2]["misc_digests"] = {f"extra{number}": "01" for number in range(9)}
+    assert "and 5 more" in describe_mismatches(mismatches_of(plan, reports))
+
+
+@pytest.fixture
+def control() -> Iterator[ControlStore]:
+    store = ControlStore.host(run_id="agreement")
+    yield store
+    store.close()
+
+
+def terms(timeout_s: float) -> Terms:
+    return Terms(2, 1, PlanOptions(), "gloo", "p2p", 2, timeout_s)
+
+
+def publish_descriptions(control: ControlStore) -> None:
+    for side, manifest in (("train", TRAIN), ("gen", GEN)):
+        for rank in manifest.ranks:
+            control.put(describe_key(side, rank.rank), encode_rank_manifest(rank))
+
+
+def test_a_plan_is_agreed_when_all_ranks_confirm_it(control: ControlStore, plan: Plan) -> None:
+    publish_descriptions(control)
+    for rank in range(3):
+        control.put(digest_key(rank), plan.digest)
+        control.put(ready_key(rank), OK)
+    assert agree_on_plan(control, terms(10.0)).digest == plan.digest
+
+
+def test_one_rank_with_another_plan_ends_it_before_any_collective(control: ControlStore, plan: Plan) -> None:
+    publish_descriptions(control)
+    for rank, digest in enumerate((plan.digest, "another", plan.digest)):
+        control.put(digest_key(rank), digest)
+    with pytest.raises(PlanError, match="rank 1 computed plan another"):
+        agree_on_plan(control, terms(10.0))
+    assert control.peek("prepare/go") is None
+
+
+def test_a_rank_that_never_describes_itself_is_named_at_the_deadline(control: ControlStore) -> None:
+    control.put(describe_key("train", 0), encode_rank_manifest(TRAIN.ranks[0]))
+    with pytest.raises(TransportError, match="describe/train/1"):
+        agree_on_plan(control, terms(0.5))
+
+
+def test_a_failure_reported_by_anybody_ends_the_wait_at_once_with_its_cause(control: ControlStore) -> None:
+    timer = threading.Timer(0.3, control.fail, ("describe", "gen 0", "out of memory"))
+    timer.start()
+    with pytest.raises(RefitFailed, match="gen 0: out of memory"):
+        agree_on_plan(control, terms(30.0))
+    timer.join()
+
+
+def test_the_flag_and_force_misc_choose_what_may_be_bulk() -> None:
+    norm = TensorSpec("model.norm.weight", (2,), "bfloat16").name
+    on = PolicyConfig(nccl_xfer_refit=True)
+    assert whitelist_of(JobConfig()) == ()
+
+    def may_be_bulk(config: JobConfig, name: str) -> bool:
+        return any(re.fullmatch(pattern, name) for pattern in whitelist_of(config))
+
+    without_norms = JobConfig(policy=on, refit=RefitConfig(force_misc=(r".*norm\.weight",)))
+    assert may_be_bulk(JobConfig(policy=on), norm) and may_be_bulk(JobConfig(policy=on), UP.name)
+    assert not may_be_bulk(without_norms, norm) and may_be_bulk(without_norms, UP.name)
