@@ -64,7 +64,7 @@ class RefitWorker:
 
 
 def _flip(tensor: torch.Tensor, index: int) -> None:
-    """Flip the lowest bit of the element's highest byte but the sign and exponent: a small, finite change."""
+    """Flip the lowest bit of one element: the smallest change there is."""
     bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[tensor.element_size()]
     flat = tensor.view(bits).view(-1)
     flat[index] = flat[index] ^ 1
