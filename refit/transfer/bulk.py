@@ -14,11 +14,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from refit.plan import Bucket, Plan, Round, Segment, StagePlan
-from refit.transfer.digest import digest
+from refit.plan import Plan
+from refit.transfer.compiled import CompiledBucket, CompiledRound, CompiledStage, Move
 from refit.transfer.errors import TransportError
 from refit.transfer.groups import Group
-from refit.transfer.memory import as_bytes, copy_cast, strided_box, torch_dtype
+from refit.transfer.memory import as_bits, as_bytes, strided_box
 from refit.transfer.report import DIGEST, PACK, UNPACK, WIRE, BulkReport, Tally
 from refit.transfer.transport import Parcel, Ticket
 
@@ -33,7 +33,7 @@ class StageJob:
     """
 
     plan: Plan
-    stage_plan: StagePlan
+    stage: CompiledStage
     rank: int
     params: Mapping[str, Tensor]
     group: Group
@@ -46,7 +46,7 @@ class StageJob:
 class Boxed:
     """A bucket with the memory that holds its bytes. `is_direct`: that memory is the param itself."""
 
-    bucket: Bucket
+    bucket: CompiledBucket
     payload: Tensor
     is_direct: bool
 
@@ -55,7 +55,7 @@ class Boxed:
 class Flight:
     """A round that is on the wire."""
 
-    round: Round
+    round: CompiledRound
     sends: tuple[Boxed, ...]
     receives: tuple[Boxed, ...]
     ticket: Ticket
@@ -65,7 +65,7 @@ def move_stage(job: StageJob) -> BulkReport:
     """Move all bytes of one stage of this rank. Raises TransportError naming stage, round and peer."""
     mover = _StageMover(job)
     flight: Flight | None = None
-    for number, round_ in enumerate(job.stage_plan.rounds):
+    for number, round_ in enumerate(job.stage.rounds):
         started = mover.start(round_, number % NUM_SLOTS)
         if flight is not None:
             mover.finish(flight)
@@ -73,48 +73,38 @@ def move_stage(job: StageJob) -> BulkReport:
     if flight is not None:
         mover.finish(flight)
     report = mover.tally.report()
-    planned = planned_bytes(job.stage_plan)
-    done = (report.bytes_sent, report.bytes_received)
-    assert done == planned, (
-        f"stage {job.stage_plan.stage}: {done} bytes (sent, received) done, {planned} planned"
-    )
+    planned, done = job.stage.payload_bytes, (report.bytes_sent, report.bytes_received)
+    assert done == planned, f"stage {job.stage.stage}: {done} bytes (sent, received) done, {planned} planned"
     return report
-
-
-def planned_bytes(stage_plan: StagePlan) -> tuple[int, int]:
-    """Payload bytes that the stage plan sends and receives, without the padding of buckets."""
-    sent = sum(segment_bytes(s) for r in stage_plan.rounds for b in r.sends for s in b.segments)
-    received = sum(segment_bytes(s) for r in stage_plan.rounds for b in r.receives for s in b.segments)
-    return sent, received
-
-
-def segment_bytes(segment: Segment) -> int:
-    return segment.region.num_elements * torch_dtype(segment.wire_dtype).itemsize
 
 
 class _StageMover:
     def __init__(self, job: StageJob) -> None:
         self.job = job
         self.tally = Tally()
-        slot_bytes = max(map(self._slot_bytes, job.stage_plan.rounds), default=0)
-        num_slots = min(NUM_SLOTS, len(job.stage_plan.rounds))
+        self._param_bits = {name: as_bits(param.detach()) for name, param in job.params.items()}
+        slot_bytes = max(map(self._slot_bytes, job.stage.rounds), default=0)
+        num_slots = min(NUM_SLOTS, len(job.stage.rounds))
         self._slots = [
             torch.empty(slot_bytes, dtype=torch.uint8, device=job.device) for _ in range(num_slots)
         ]
         self.tally.peak_extra_bytes = slot_bytes * num_slots
 
-    def start(self, round_: Round, slot: int) -> Flight:
+    def start(self, round_: CompiledRound, slot: int) -> Flight:
         """Pack a round into a slot and put it on the wire."""
         clock = time.perf_counter()
         sends, used = self._boxed(round_.sends, slot, 0)
         receives, _ = self._boxed(round_.receives, slot, used)
         for boxed in sends:
-            self._pack(boxed)
+            self._copy(boxed, is_pack=True)
+            self.tally.bytes_sent += boxed.bucket.payload_bytes
         self.tally.clock(PACK, clock)
-        self._digest_sends(sends)
-        outward, inward = self._outward(sends), self._outward(receives)
+        if self.job.with_digests:
+            self._digest_sends(sends)
         try:
-            ticket = self.job.group.transport.post(outward, inward, round_.index)
+            ticket = self.job.group.transport.post(
+                self._outward(sends), self._outward(receives), round_.index
+            )
         except TransportError as error:
             raise self._explained(round_, error) from error
         return Flight(round_, sends, receives, ticket)
@@ -129,50 +119,65 @@ class _StageMover:
         clock = self.tally.clock(WIRE, clock)
         self._copy_local(flight)
         for boxed in flight.receives:
-            for segment in boxed.bucket.segments:
-                if not boxed.is_direct:
-                    copy_cast(self._param_box(segment), _packed(segment, boxed.payload))
-                self.tally.bytes_received += segment_bytes(segment)
+            self._copy(boxed, is_pack=False)
+            self.tally.bytes_received += boxed.bucket.payload_bytes
         self.tally.clock(UNPACK, clock)
-        self._digest_receives(flight)
+        if self.job.with_digests:
+            self._digest_receives(flight)
 
-    def _boxed(self, buckets: tuple[Bucket, ...], slot: int, used: int) -> tuple[tuple[Boxed, ...], int]:
+    def _boxed(
+        self, buckets: tuple[CompiledBucket, ...], slot: int, used: int
+    ) -> tuple[tuple[Boxed, ...], int]:
         found: list[Boxed] = []
         for bucket in buckets:
             if self._is_direct(bucket):
-                found.append(Boxed(bucket, as_bytes(self._param_box(bucket.segments[0])), True))
+                found.append(Boxed(bucket, as_bytes(self._param_box(bucket.moves[0])), True))
             else:
                 found.append(Boxed(bucket, self._slots[slot][used : used + bucket.num_bytes], False))
                 used += bucket.num_bytes
         return tuple(found), used
 
-    def _pack(self, boxed: Boxed) -> None:
-        for segment in boxed.bucket.segments:
-            if not boxed.is_direct:
-                copy_cast(_packed(segment, boxed.payload), self._param_box(segment))
-            self.tally.bytes_sent += segment_bytes(segment)
+    def _copy(self, boxed: Boxed, is_pack: bool) -> None:
+        """Pack or unpack all segments of a bucket in one batched call."""
+        if boxed.is_direct:
+            return
+        packed: list[Tensor] = []
+        boxes: list[Tensor] = []
+        typed = _Typed(boxed.payload)
+        for move in boxed.bucket.moves:
+            is_cast = self.job.params[move.segment.param].dtype != move.wire
+            packed.append(typed.box(move, move.wire if is_cast else move.bits))
+            boxes.append(self._param_box(move, as_values=is_cast))
+        targets, sources = (packed, boxes) if is_pack else (boxes, packed)
+        torch._foreach_copy_(targets, sources)
 
     def _digest_sends(self, sends: tuple[Boxed, ...]) -> None:
         """Of the packed bytes: they are contiguous, in the wire dtype, and still in the cache."""
-        if not self.job.with_digests:
-            return
         clock = time.perf_counter()
         for boxed in sends:
-            for segment in boxed.bucket.segments:
-                value = digest(_packed(segment, boxed.payload), segment.region, self._shape(segment))
-                self.tally.add_digest(segment.tensor, boxed.bucket.peer, value)
+            typed = _Typed(boxed.payload)
+            found = [move.digest(typed.box(move, move.bits)) for move in boxed.bucket.moves]
+            self._add_digests(boxed.bucket, boxed.bucket.peer, found)
         self.tally.clock(DIGEST, clock)
 
     def _digest_receives(self, flight: Flight) -> None:
         """Of the params themselves, so that a wrong unpack shows as well as a wrong wire."""
-        if not self.job.with_digests:
-            return
         clock = time.perf_counter()
         for boxed in flight.receives:
-            for segment in boxed.bucket.segments:
-                value = digest(self._param_box(segment), segment.region, self._shape(segment))
-                self.tally.add_digest(segment.tensor, self.job.rank, value)
+            found = [move.digest(self._param_box(move)) for move in boxed.bucket.moves]
+            self._add_digests(boxed.bucket, self.job.rank, found)
         self.tally.clock(DIGEST, clock)
+
+    def _add_digests(self, bucket: CompiledBucket, dst_rank: int, found: list[int | Tensor]) -> None:
+        partials = [value for value in found if isinstance(value, Tensor)]
+        numbers = iter(torch.stack(partials).tolist() if partials else [])
+        for move, value in zip(bucket.moves, found, strict=True):
+            if isinstance(value, int):
+                total = value
+            else:
+                assert move.weighing is not None, "only a weighing yields a partial"
+                total = move.weighing.finish(next(numbers))
+            self.tally.add_digest(move.segment.tensor, dst_rank, total)
 
     def _outward(self, boxes: tuple[Boxed, ...]) -> list[Parcel]:
         return [
@@ -186,30 +191,42 @@ class _StageMover:
         for source, target in zip(sends, receives, strict=True):
             target.payload.copy_(source.payload)
 
-    def _slot_bytes(self, round_: Round) -> int:
+    def _slot_bytes(self, round_: CompiledRound) -> int:
         return sum(b.num_bytes for b in (*round_.sends, *round_.receives) if not self._is_direct(b))
 
-    def _is_direct(self, bucket: Bucket) -> bool:
-        if len(bucket.segments) != 1 or segment_bytes(bucket.segments[0]) != bucket.num_bytes:
+    def _is_direct(self, bucket: CompiledBucket) -> bool:
+        """One contiguous run of the wire dtype, and nothing else in the bucket."""
+        if len(bucket.moves) != 1 or bucket.moves[0].num_bytes != bucket.num_bytes:
             return False
-        segment = bucket.segments[0]
-        box = self._param_box(segment)
-        return box.dtype == torch_dtype(segment.wire_dtype) and box.is_contiguous()
+        move = bucket.moves[0]
+        return (
+            self.job.params[move.segment.param].dtype == move.wire and self._param_box(move).is_contiguous()
+        )
 
-    def _param_box(self, segment: Segment) -> Tensor:
-        return strided_box(self.job.params[segment.param], segment.shape, segment.strides, segment.offset)
+    def _param_box(self, move: Move, as_values: bool = False) -> Tensor:
+        """The segment in this rank's memory, as bits or as values of the param's own dtype."""
+        segment = move.segment
+        param = (self.job.params if as_values else self._param_bits)[segment.param]
+        return strided_box(param, segment.shape, segment.strides, segment.offset)
 
-    def _shape(self, segment: Segment) -> tuple[int, ...]:
-        return self.job.plan.tensors[segment.tensor].shape
-
-    def _explained(self, round_: Round, error: TransportError) -> TransportError:
-        stage = self.job.stage_plan
+    def _explained(self, round_: CompiledRound, error: TransportError) -> TransportError:
+        stage = self.job.stage
         return TransportError(
             f"rank {self.job.rank}, stage {stage.stage}, round {round_.index} of {stage.rounds[-1].index}: {error}"
         )
 
 
-def _packed(segment: Segment, payload: Tensor) -> Tensor:
-    """The segment inside a bucket's bytes, in the wire dtype."""
-    raw = payload[segment.start_byte : segment.start_byte + segment_bytes(segment)]
-    return raw.view(torch_dtype(segment.wire_dtype)).view(segment.shape)
+class _Typed:
+    """A bucket's bytes seen through the dtypes that occur in it."""
+
+    def __init__(self, payload: Tensor) -> None:
+        self._payload = payload
+        self._views: dict[torch.dtype, Tensor] = {}
+
+    def box(self, move: Move, dtype: torch.dtype) -> Tensor:
+        """The segment inside the bucket."""
+        view = self._views.get(dtype)
+        if view is None:
+            usable = self._payload.numel() // dtype.itemsize * dtype.itemsize
+            view = self._views[dtype] = self._payload[:usable].view(dtype)
+        return torch.as_strided(view, move.segment.shape, move.strides, view.storage_offset() + move.start)

@@ -17,6 +17,7 @@ copy makes 2.7); anything else is first copied, CHUNK_ELEMENTS at a time.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
@@ -29,7 +30,7 @@ from refit.transfer.memory import as_bits
 CHUNK_ELEMENTS = (
     1 << 20
 )  # extra memory of a call is at most 8 bytes per element of one chunk, and its weights
-CACHED_WEIGHTS = 1 << 14  # weight vectors up to this length are kept (64 of them: 8 MiB)
+CACHED_WEIGHTS = 1 << 12  # weight vectors up to this length are kept (1024 of them: at most 32 MiB)
 WORD_BYTES = 8
 MASK = (1 << 64) - 1
 _GOLDEN, _MIX_1, _MIX_2, _DIM_STEP = (
@@ -63,6 +64,43 @@ def digest(view: Tensor, region: Region, tensor_shape: Sequence[int]) -> int:
     return total & MASK
 
 
+@dataclass(frozen=True, slots=True)
+class Weighing:
+    """What the digest of one box needs besides its contents, worked out once for boxes that are digested again.
+
+    `weights` are those of every dim, the last one in words; `ones` is what the `+ 1` of all elements adds.
+    """
+
+    weights: tuple[Tensor, ...]
+    per_word: int
+    lead: int
+    ones: int
+
+    @classmethod
+    def of(cls, region: Region, item_bytes: int, device: torch.device) -> "Weighing":
+        """For a box with at least one dim and one element."""
+        per_word = WORD_BYTES // item_bytes
+        last_dim = len(region.starts) - 1
+        first_word, lead = divmod(region.starts[-1], per_word)
+        stop_word = -(-region.stops[-1] // per_word)
+        spans = tuple(zip(region.starts[:-1], region.stops[:-1], strict=True))
+        ones = _ones_along_last(last_dim, per_word, region.starts[-1], region.stops[-1])
+        for dim, (start, stop) in enumerate(spans):
+            ones = ones * _weight_sum(dim, start, stop) & MASK
+        of_rows = tuple(weights(dim, start, stop, device) for dim, (start, stop) in enumerate(spans))
+        return cls((*of_rows, weights(last_dim, first_word, stop_word, device)), per_word, lead, ones)
+
+    def partial(self, bits: Tensor) -> Tensor:
+        """The sum over the contents alone, a wrapped int64 scalar on the device: `finish` makes it a digest."""
+        total = _words(bits, self.per_word, self.lead, self.weights[-1].numel())
+        for by in reversed(self.weights):
+            total = _dot(total, by)
+        return total
+
+    def finish(self, partial: int) -> int:
+        return (partial + self.ones) & MASK
+
+
 def whole_digest(tensor: Tensor) -> int:
     """The digest of a full tensor."""
     return digest(tensor, Region.whole(tuple(tensor.shape)), tuple(tensor.shape))
@@ -76,18 +114,8 @@ def combine(digests: Sequence[int]) -> int:
 def _chunk_digest(bits: Tensor, region: Region) -> int:
     if bits.numel() == 0:
         return 0
-    per_word = WORD_BYTES // bits.element_size()
-    first_word, lead = divmod(region.starts[-1], per_word)
-    stop_word = -(-region.stops[-1] // per_word)
-    last_dim = bits.dim() - 1
-    words = _words(bits, per_word, lead, stop_word - first_word)
-    partial = _dot(words, weights(last_dim, first_word, stop_word, bits.device))
-    ones = _ones_along_last(last_dim, per_word, region.starts[-1], region.stops[-1])
-    for dim in reversed(range(last_dim)):
-        start, stop = region.starts[dim], region.stops[dim]
-        partial = _dot(partial, weights(dim, start, stop, bits.device))
-        ones = ones * _weight_sum(dim, start, stop) & MASK
-    return (int(partial.item()) + ones) & MASK
+    weighing = Weighing.of(region, bits.element_size(), bits.device)
+    return weighing.finish(int(weighing.partial(bits).item()))
 
 
 def _dot(words: Tensor, by: Tensor) -> Tensor:
@@ -122,7 +150,7 @@ def weights(dim: int, start: int, stop: int, device: torch.device) -> Tensor:
     return _fresh_weights(dim, start, stop, device)
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=1024)
 def _kept_weights(dim: int, start: int, stop: int, device: torch.device) -> Tensor:
     return _fresh_weights(dim, start, stop, device)
 

@@ -36,6 +36,7 @@ from refit.plan.naming import is_stacked
 from refit.transfer import bulk, golden
 from refit.transfer.broadcast import receive_packed, send_packed, to_wire
 from refit.transfer.bulk import StageJob
+from refit.transfer.compiled import compile_stage
 from refit.transfer.digest import whole_digest
 from refit.transfer.errors import Failure, RefitFailed, TransportError
 from refit.transfer.groups import Groups, open_groups
@@ -83,7 +84,7 @@ class Endpoint:
         self.plan = plan
         self.rank = joint_rank(manifest, plan)
         self.who = who(manifest)
-        self._rank_plan = plan.rank_plan(self.rank)
+        self._stages = [compile_stage(plan, stage, device) for stage in plan.rank_plan(self.rank).stages]
         self._misc_specs = misc_specs(plan)
         self._chunk_bytes = min(MISC_CHUNK_BYTES, inputs.options.bucket_bytes)
         self._attempt = _Attempt(0, 0, 0.0)
@@ -139,7 +140,7 @@ class Endpoint:
                     self._deadline,
                     self._device,
                 )
-                for stage in self._rank_plan.stages
+                for stage in self._stages
             ]
             report = run_lanes(jobs, mover, self._inputs.num_streams, self._end_round)
             self._require_all_received(report)

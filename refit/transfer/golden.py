@@ -127,10 +127,7 @@ class _GoldenMover:
         for tensor in self.job.plan.tensors.values():
             if tensor.kind != BULK:
                 continue  # misc goes by broadcast
-            if (
-                min(self._stage_of[held.rank] for held in self._train[tensor.name])
-                == self.job.stage_plan.stage
-            ):
+            if min(self._stage_of[held.rank] for held in self._train[tensor.name]) == self.job.stage.stage:
                 yield tensor
 
     def move(self, number: int, tensor: Classified) -> None:
@@ -138,9 +135,7 @@ class _GoldenMover:
         extra_bytes = 2 * full.numel() * full.element_size()
         self.tally.peak_extra_bytes = max(self.tally.peak_extra_bytes, extra_bytes)
         holders = [
-            held
-            for held in self._train[tensor.name]
-            if self._stage_of[held.rank] == self.job.stage_plan.stage
+            held for held in self._train[tensor.name] if self._stage_of[held.rank] == self.job.stage.stage
         ]
         pieces = [Piece(held.rank, held.holding.region, self._my_box(held)) for held in holders]
         assemble(full, pieces, self.job.group, number, self.job.deadline, self.tally)

@@ -30,13 +30,17 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+def bits_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The integers of the same item size."""
+    bits = _BITS.get(dtype.itemsize)
+    if bits is None:
+        raise PlanError(f"dtype {dtype} has items of {dtype.itemsize} bytes; 1, 2, 4 and 8 can be moved")
+    return bits
+
+
 def as_bits(tensor: Tensor) -> Tensor:
     """The same memory as integers of the same item size. Shape and strides stay."""
-    bits = _BITS.get(tensor.element_size())
-    if bits is None:
-        raise PlanError(
-            f"dtype {tensor.dtype} has items of {tensor.element_size()} bytes; 1, 2, 4 and 8 can be moved"
-        )
+    bits = bits_dtype(tensor.dtype)
     return tensor if tensor.dtype == bits else tensor.view(bits)
 
 

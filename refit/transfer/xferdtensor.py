@@ -27,6 +27,7 @@ from refit.plan import (
 )
 from refit.plan.dtypes import ITEM_BYTES
 from refit.transfer import bulk, golden
+from refit.transfer.compiled import compile_stage, row_major
 from refit.transfer.groups import Group
 from refit.transfer.memory import copy_cast, dtype_name, torch_dtype
 from refit.transfer.placements import Layout, Mesh
@@ -105,11 +106,10 @@ def _by_plan(
     if not held:
         return BulkReport()
     params = {name: tensor for name, tensor in (("src", src), ("dst", dst)) if tensor is not None}
-    stage_plan = _own_stage(plan, agreed, group.rank, len(group.ranks))
+    device = held[0].device
+    stage = compile_stage(plan, _own_stage(plan, agreed, group.rank, len(group.ranks)), device)
     return bulk.move_stage(
-        bulk.StageJob(
-            plan, stage_plan, group.rank, params, group, deadline, held[0].device, with_digests=False
-        )
+        bulk.StageJob(plan, stage, group.rank, params, group, deadline, device, with_digests=False)
     )
 
 
@@ -237,12 +237,7 @@ def _manifest(side: str, param: str, held: Side, shape: tuple[int, ...]) -> Mani
 def _holdings(param: str, region: Region) -> tuple[Holding, ...]:
     if region.is_empty:
         return ()
-    strides: list[int] = []
-    step = 1
-    for size in reversed(region.shape):
-        strides.append(step)
-        step *= size
-    return (Holding(NAME, region, param, 0, tuple(reversed(strides))),)
+    return (Holding(NAME, region, param, 0, row_major(region.shape)),)
 
 
 def _own_stage(plan: Plan, agreed: Agreed, rank: int, size: int) -> StagePlan:

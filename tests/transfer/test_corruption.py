@@ -8,6 +8,7 @@ import torch
 
 from refit.plan import Region, build_plan
 from refit.transfer.bulk import StageJob, move_stage
+from refit.transfer.compiled import compile_stage
 from refit.transfer.digest import digest
 from refit.transfer.errors import TransportError
 from refit.transfer.groups import Group
@@ -31,9 +32,9 @@ def run_in_threads(fault: Fault | None, deadline_s: float = 20.0):
     def run(rank: int) -> None:
         for stage in plan.rank_plan(rank).stages:
             group = Group("memory", stage.group_ranks, rank, networks[stage.stage].transport(rank))
-            job = StageJob(
-                plan, stage, rank, params[rank], group, time.monotonic() + deadline_s, torch.device("cpu")
-            )
+            compiled = compile_stage(plan, stage, torch.device("cpu"))
+            deadline = time.monotonic() + deadline_s
+            job = StageJob(plan, compiled, rank, params[rank], group, deadline, torch.device("cpu"))
             try:
                 reports.setdefault(rank, []).append(move_stage(job))
             except TransportError as error:
