@@ -36,6 +36,8 @@ def open_process_groups(
     cpu_compat.import_bridge()
     from megatron.core import parallel_state
 
+    if torch.cuda.is_available():
+        torch.cuda.set_device(rank % torch.cuda.device_count())
     dist.init_process_group(
         "nccl" if torch.cuda.is_available() else "gloo",
         init_method=f"tcp://{init_address}",
@@ -54,6 +56,15 @@ def open_process_groups(
         distributed_timeout_minutes=max(1, math.ceil(timeout_s / 60)),
         create_gloo_process_groups=False,
     )
+
+
+def seed_everything(seed: int) -> None:
+    """Seed this process, and on CUDA the random states that Megatron keeps per model parallel rank."""
+    from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+
+    torch.manual_seed(seed)
+    if torch.cuda.is_available():
+        model_parallel_cuda_manual_seed(seed)
 
 
 def close_process_groups() -> None:

@@ -106,6 +106,15 @@ def import_bridge() -> types.ModuleType:
         return importlib.import_module("megatron.bridge")
 
 
+def compute_device() -> torch.device:
+    """Where this process computes: its current CUDA device, or the CPU."""
+    return (
+        torch.device("cuda", torch.cuda.current_device())
+        if torch.cuda.is_available()
+        else torch.device("cpu")
+    )
+
+
 class _OnCpu(TorchFunctionMode):
     """Sends what was asked of CUDA to the CPU: `device=`, `.cuda()`, and the names of tensor types."""
 

@@ -27,6 +27,11 @@ class Microbatch:
     advantages: Tensor
     sample_index: tuple[int, ...]
 
+    def to(self, device: torch.device) -> Microbatch:
+        """The same on `device`; itself where it is there already."""
+        moved = (self.tokens, self.targets, self.mask, self.old_logprobs, self.advantages)
+        return Microbatch(*(tensor.to(device) for tensor in moved), self.sample_index)
+
     @property
     def num_rows(self) -> int:
         return self.tokens.shape[0]

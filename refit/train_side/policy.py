@@ -59,6 +59,7 @@ class PolicyTrainer:
         not need exactly `world_size` ranks.
         """
         build.open_process_groups(parallel, rank, world_size, init_address, timeout_s)
+        build.seed_everything(options.seed)
         policy = build.build_model(model_dir, parallel, options, trainable=True)
         reference = build.build_model(model_dir, parallel, options, trainable=False)
         with cpu_compat.cpu_megatron():
@@ -77,7 +78,8 @@ class PolicyTrainer:
     def _logprobs(self, model: build.BuiltModel, batch: TrainBatch) -> list[list[float]]:
         microbatches = self._split(batch)
         found = run_schedule(model, Forward.logprobs(model, microbatches))
-        values = torch.zeros(batch.num_samples, microbatches[0].length, dtype=torch.float32)
+        shape = batch.num_samples, microbatches[0].length
+        values = torch.zeros(shape, dtype=torch.float32, device=cpu_compat.compute_device())
         if _contributes():
             for microbatch, part in zip(microbatches, found, strict=True):
                 for row, sample in enumerate(microbatch.sample_index):
@@ -105,7 +107,8 @@ class PolicyTrainer:
             stepped, grad_norm, _ = self._optimizer.step()
         if not stepped or not math.isfinite(grad_norm):
             raise FloatingPointError(f"gradient norm is {grad_norm} on trainer rank {self.rank}")
-        total = torch.stack(sums).sum(0) if _contributes() else torch.zeros(3)
+        nothing = torch.zeros(3, device=cpu_compat.compute_device())
+        total = torch.stack(sums).sum(0) if _contributes() else nothing
         dist.all_reduce(total)
         loss, kl, clipped = (total / batch.num_response_tokens).tolist()
         return {
@@ -119,12 +122,13 @@ class PolicyTrainer:
     def _split(self, batch: TrainBatch) -> tuple[Microbatch, ...]:
         from megatron.core import parallel_state
 
-        return split_batch(
+        microbatches = split_batch(
             batch,
             self._options.num_microbatches,
             parallel_state.get_data_parallel_rank(),
             parallel_state.get_data_parallel_world_size(),
         )
+        return tuple(microbatch.to(cpu_compat.compute_device()) for microbatch in microbatches)
 
     def describe(self) -> RankManifest:
         """What this rank holds, in HF names. No collective, nothing of a tensor's size is allocated.

@@ -57,7 +57,7 @@ def run_schedule(model: BuiltModel, forward: Forward) -> list[Tensor]:
     iterators = [iter(forward.items) for _ in chunks]
     with cpu_compat.cpu_megatron(), torch.set_grad_enabled(not forward.forward_only):
         return get_forward_backward_func()(
-            forward_step_func=partial(_forward_step, forward.on_logits, _causal_mask(first.length)),
+            forward_step_func=partial(_forward_step, forward.on_logits, _causal_mask(first)),
             data_iterator=iterators if len(chunks) > 1 else iterators[0],
             model=chunks if len(chunks) > 1 else chunks[0],
             num_microbatches=len(forward.items),
@@ -68,9 +68,10 @@ def run_schedule(model: BuiltModel, forward: Forward) -> list[Tensor]:
         )
 
 
-def _causal_mask(length: int) -> Tensor:
+def _causal_mask(microbatch: Microbatch) -> Tensor:
     """[1, 1, S, S], True where attention is forbidden. Padding is on the right: no real token can see it."""
-    return torch.ones(1, 1, length, length, dtype=torch.bool).triu(1)
+    size = microbatch.length
+    return torch.ones(1, 1, size, size, dtype=torch.bool, device=microbatch.tokens.device).triu(1)
 
 
 def _forward_step(
@@ -78,7 +79,7 @@ def _forward_step(
 ) -> tuple[Tensor, Callable[..., Any]]:
     item = next(items)
     tokens = item[0].tokens
-    positions = torch.arange(tokens.shape[1]).expand_as(tokens)
+    positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
     logits = chunk(input_ids=tokens, position_ids=positions, attention_mask=attention_mask)
     return logits, partial(on_logits, item)
 

@@ -2,6 +2,7 @@
 
 import random
 import tracemalloc
+import zlib
 from pathlib import Path
 
 from refit.plan import Holding, canonical, encode_rank_manifest
@@ -137,7 +138,8 @@ def two_steps(rank, world_size, address, folder, parallel, options):
         "after": trainer.logprobs(batch),
         "reference": trainer.reference_logprobs(batch),
         "misplaced": first_misplaced(trainer, exported),
-        "checksum": {name: weight.double().sum().item() for name, weight in exported.items()},
+        "sums": {name: weight.double().sum().item() for name, weight in exported.items()},
+        "bits": {name: zlib.crc32(bytes_of(weight)) for name, weight in exported.items()},
     }
     trainer.close()
     return result
@@ -298,3 +300,49 @@ def cuda_requests(rank, world_size, address):
         "after": torch.zeros(2, dtype=torch.bfloat16).type(),
         "no_transformer_engine": not HAVE_TE and "transformer_engine" not in sys.modules,
     }
+
+
+def bytes_of(weight):
+    import torch
+
+    return weight.contiguous().view(torch.uint8).numpy().tobytes()
+
+
+def fused_experts(rank, world_size, address):
+    """Holdings of one expert's [rows, 3] cut by TP2, of fused HF tensors in both orientations; asserts all."""
+    from types import SimpleNamespace
+
+    from refit.train_side import cpu_compat, rules
+    from refit.train_side.pieces import HfTensor, LocalParam, holdings_of
+
+    cpu_compat.import_bridge()
+
+    def held(rule, local_shape, hf_shape, kind, transpose):
+        mapping = SimpleNamespace(
+            hf_param="t",
+            tp_rank=1,
+            tp_size=2,
+            megatron_param="decoder.layers.0.mlp.experts.linear_fc1.weight3",
+            transpose_on_export=transpose,
+            _MODULE_TYPE_REGISTRY={},
+            _detect_parallelism_type=lambda module: kind,
+        )
+        param = LocalParam.whole("p", local_shape, (local_shape[1], 1))
+        subject = rules.Subject(mapping, None, None, param, lambda name: HfTensor(name, hf_shape, None))
+        return [
+            (h.region.starts, h.region.stops, h.offset, h.strides[1:])
+            for h in holdings_of(param, rule(subject))
+        ]
+
+    gated, plain = rules.fused_gated_expert, rules.fused_expert
+    # gate and up of TP rank 1: rows 2..4 and 6..8 of the fused 8; transposed they are columns
+    assert held(gated, (4, 3), (5, 8, 3), "column", False) == [
+        ((3, 2, 0), (4, 4, 3), 0, (3, 1)),
+        ((3, 6, 0), (4, 8, 3), 6, (3, 1)),
+    ]
+    assert held(gated, (4, 3), (5, 3, 8), "column", True) == [
+        ((3, 0, 2), (4, 3, 4), 0, (1, 3)),
+        ((3, 0, 6), (4, 3, 8), 6, (1, 3)),
+    ]
+    assert held(plain, (3, 4), (5, 3, 8), "row", False) == [((3, 0, 4), (4, 3, 8), 0, (4, 1))]
+    assert held(plain, (3, 4), (5, 8, 3), "row", True) == [((3, 4, 0), (4, 8, 3), 0, (1, 4))]

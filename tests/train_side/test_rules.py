@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from refit.plan import Holding
 from refit.train_side import rules
 from refit.train_side.pieces import CannotLowerError, HfTensor, LocalParam, Piece, holdings_of
+from tests.train_side import ranks
 
 COLUMNS = 3
 ALIGNMENT = 16
@@ -243,6 +244,12 @@ def test_a_transposed_expert_swaps_strides():
     (held,) = holdings_of(param, iter([Piece(HfTensor("t", (3, 8), 0), 0, 2, 4, dims=(1, 0))]))
     assert (held.region.starts, held.region.stops) == ((0, 0, 2), (1, 3, 6))
     assert held.strides[1:] == (1, 3)
+
+
+@pytest.mark.megatron
+@pytest.mark.timeout(400)
+def test_an_expert_of_a_fused_hf_tensor_is_found_by_its_number_also_transposed(trainers):
+    trainers.run(ranks.fused_experts, 1)
 
 
 @pytest.mark.parametrize(
