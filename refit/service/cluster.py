@@ -10,8 +10,10 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import signal
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -198,7 +200,8 @@ def _start_ray(config: JobConfig) -> list[psutil.Process]:
     where = config.cluster.address or "on this machine"
     for attempt in range(1, START_ATTEMPTS + 1):
         try:
-            _init_ray(config)
+            with _own_signals():
+                _init_ray(config)
         except Exception as error:  # Ray raises bare Exceptions here
             ray.shutdown()
             end_processes([child for child in psutil.Process().children() if child not in others], LEAVE_S)
@@ -209,6 +212,17 @@ def _start_ray(config: JobConfig) -> list[psutil.Process]:
         else:
             break
     return [child for child in psutil.Process().children() if child not in others]
+
+
+@contextlib.contextmanager
+def _own_signals() -> Iterator[None]:
+    """Keep this process's answer to SIGTERM: Ray installs one that dies on the spot, without ending anything."""
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread() and before is not None:
+            signal.signal(signal.SIGTERM, before)
 
 
 def _init_ray(config: JobConfig) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -122,6 +123,10 @@ def test_processes_that_do_not_leave_by_themselves_are_ended():
         process = psutil.Process(child.pid)
         end_processes([process], patience_s=1.0)
         assert not process.is_running()
+
+
+def test_a_job_keeps_its_own_answer_to_sigterm(local_ray):
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL  # as it was before this Ray
 
 
 def test_shared_memory_of_a_process_is_found_by_its_name():
