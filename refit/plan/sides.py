@@ -138,7 +138,7 @@ class _Copies:
         return {
             tensor: copies
             for tensor, holdings in by_tensor.items()
-            if (copies := self._of_tensor(coalesce_holdings(holdings)))
+            if (copies := self._of_tensor(_coalesced(holdings)))
         }
 
     def _of_tensor(self, holdings: tuple[Holding, ...]) -> tuple[Copy, ...]:
@@ -168,6 +168,13 @@ class _Copies:
         return pattern
 
 
+def _coalesced(holdings: list[Holding]) -> tuple[Holding, ...]:
+    """`coalesce_holdings` for one tensor's holdings in manifest order: nothing to join if each has its own param."""
+    if len({held.param for held in holdings}) == len(holdings):
+        return tuple([held for held in holdings if not held.region.is_empty])
+    return coalesce_holdings(holdings)
+
+
 def _split_overlaps(regions: tuple[Region, ...]) -> tuple[tuple[int, ...], ...]:
     """Positions of the regions, dealt into as few groups as a first fit finds, each without overlaps."""
     groups: list[list[int]] = []
@@ -183,25 +190,41 @@ def _split_overlaps(regions: tuple[Region, ...]) -> tuple[tuple[int, ...], ...]:
 def _layouts(
     tables: Sequence[dict[str, tuple[Copy, ...]]], body_ranks: Sequence[tuple[int, ...]]
 ) -> dict[str, Layout]:
-    found: dict[str, dict[tuple[Region, int], list[int]]] = {}
+    """Layout of every tensor. Boxes are looked at once per distinct (body, patterns) list, so not per layer."""
+    held: dict[str, list[tuple[int, tuple[int, ...]]]] = {}
     for body, table in enumerate(tables):
         for tensor, copies in table.items():
-            entries = found.setdefault(tensor, {})
-            for number, copy in enumerate(copies):
-                for box in copy.boxes:
-                    entries.setdefault((box, number), []).append(body)
+            held.setdefault(tensor, []).append((body, tuple([copy.pattern for copy in copies])))
     ranks_of: dict[tuple[int, ...], tuple[int, ...]] = {}
-    layouts: dict[tuple[tuple[Region, int, tuple[int, ...]], ...], Layout] = {}
+    by_patterns: dict[tuple[tuple[int, tuple[int, ...]], ...], Layout] = {}
+    by_entries: dict[tuple[Entry, ...], Layout] = {}
     result: dict[str, Layout] = {}
-    for tensor, by_box in found.items():
-        key = tuple((box, number, tuple(bodies)) for (box, number), bodies in sorted(by_box.items()))
-        if key not in layouts:
-            entries_of_key = tuple(
-                Entry(box, number, _ranks_of(bodies, body_ranks, ranks_of)) for box, number, bodies in key
-            )
-            layouts[key] = Layout(len(layouts), entries_of_key)
-        result[tensor] = layouts[key]
+    for tensor, places in held.items():
+        key = tuple(places)
+        layout = by_patterns.get(key)
+        if layout is None:
+            entries = _entries(tensor, tables, [body for body, _ in places], body_ranks, ranks_of)
+            layout = by_patterns[key] = by_entries.setdefault(entries, Layout(len(by_entries), entries))
+        result[tensor] = layout
     return result
+
+
+def _entries(
+    tensor: str,
+    tables: Sequence[dict[str, tuple[Copy, ...]]],
+    bodies: Iterable[int],
+    body_ranks: Sequence[tuple[int, ...]],
+    ranks_of: dict[tuple[int, ...], tuple[int, ...]],
+) -> tuple[Entry, ...]:
+    found: dict[tuple[Region, int], list[int]] = {}
+    for body in bodies:
+        for number, copy in enumerate(tables[body][tensor]):
+            for box in copy.boxes:
+                found.setdefault((box, number), []).append(body)
+    return tuple(
+        Entry(box, number, _ranks_of(tuple(found[box, number]), body_ranks, ranks_of))
+        for box, number in sorted(found)
+    )
 
 
 def _ranks_of(

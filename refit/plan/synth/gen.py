@@ -104,8 +104,7 @@ class _Lowering:
     def _vocabulary(self, module: Vocabulary) -> None:
         padded = module.num_rows + -module.num_rows % VOCABULARY_PADDING_ROWS
         low, high = even_share("padded vocabulary", padded, self.mesh.tp, self.place.tp)
-        param = "lm_head.weight" if module.train == "output_layer" else f"{module.name}.weight"
-        self.emitter.rows(param, [Block(f"{module.name}.weight", low, high)])
+        self.emitter.rows(f"{module.name}.weight", [Block(f"{module.name}.weight", low, high)])
 
     def _linear(self, module: Linear) -> None:
         rows, columns = (0, module.out_size), (0, module.in_size)
