@@ -75,6 +75,12 @@ class Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func.is_view:  # the storage says it all
+            return func(*args, **kwargs)
+        if func is _ATEN.copy_.default and (known := self._params.get(_key(args[0]))) is not None:
+            names = self._names.get(_key(args[1]), frozenset())
+            self._record_copy(args[0], args[1], known, names)
+            return args[0]
         tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
         names = frozenset().union(*(self._names.get(_key(t), frozenset()) for t in tensors))
         if func is _ATEN._local_scalar_dense.default and names:
@@ -97,20 +103,19 @@ class Recorder(TorchDispatchMode):
 
     def _record(self, func: Any, target: torch.Tensor, args: Any, names: frozenset[str]) -> None:
         param, base = self._params[_key(target)]
-        dst = View(target.storage_offset() - base, tuple(target.shape), tuple(target.stride()))
+        dst = _view(target, base)
         if func is _ATEN.zero_.default:
             self.writes.append(Filled(self.current, param, dst, 0))
         elif func is _ATEN.fill_.Scalar:
             self.writes.append(Filled(self.current, param, dst, args[1]))
-        elif func is _ATEN.copy_.default:
-            self._record_copy(target, args[1], param, dst, names)
         else:
             self.writes.append(Computed(names | {self.current}, param, f"{func} writes to it"))
         self._names[_key(target)] = self._names.get(_key(target), frozenset()) | names
 
     def _record_copy(
-        self, target: torch.Tensor, source: torch.Tensor, param: str, dst: View, names: frozenset[str]
+        self, target: torch.Tensor, source: torch.Tensor, known: tuple[str, int], names: frozenset[str]
     ) -> None:
+        param, dst = known[0], _view(target, known[1])
         tensor = self._sources.get(_key(source))
         if tensor in self._changed:
             reason = "the loader changes the tensor before it stores it"
@@ -119,14 +124,19 @@ class Recorder(TorchDispatchMode):
             reason = f"the loader reads its {self._dtypes[tensor]} as {source.dtype}"
             self.writes.append(Computed(names, param, reason))
         elif tensor is not None:
-            wide = source.expand(target.shape)
-            src = View(wide.storage_offset(), tuple(wide.shape), tuple(wide.stride()))
-            self.writes.append(Copied(tensor, src, param, dst))
+            wide = source if source.shape == target.shape else source.expand(target.shape)
+            self.writes.append(Copied(tensor, _view(wide, 0), param, dst))
         elif not names and not source.is_meta and source.numel() == 1:
             self.writes.append(Filled(self.current, param, dst, source.reshape(()).tolist()))
         else:
             reason = "the loader computes the value it stores"
             self.writes.append(Computed(names or frozenset({self.current}), param, reason))
+        held = self._names.get(_key(target), frozenset())
+        self._names[_key(target)] = held | names
+
+
+def _view(tensor: torch.Tensor, base: int) -> View:
+    return View(tensor.storage_offset() - base, tuple(tensor.shape), tuple(tensor.stride()))
 
 
 def _key(tensor: torch.Tensor) -> int:

@@ -204,7 +204,11 @@ def _allocate(
     """(staging by parameter name, staging by module and own name) of every module the loader writes."""
     slots, aliases = tuple(slots), dict(trace.aliases)
     devices = {name: layer_reload(module).restore_device for name, module in model.named_modules()}
-    touched = {s.module for s in slots if not s.deferred and aliases.get(s.param, s.param) in trace.written}
+    touched = {
+        s.module
+        for s in slots
+        if not s.deferred and (trace.unsure or aliases.get(s.param, s.param) in trace.written)
+    }
     tensors: dict[str, torch.Tensor] = {}
     modules: dict[str, dict[str, torch.Tensor]] = {name: {} for name in sorted(touched)}
     for slot in slots:

@@ -7,10 +7,13 @@ makes that tensor misc, with the reason.
 
 from __future__ import annotations
 
+import gc
 import logging
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from vllm.model_executor.model_loader.mtp_validation import disable_mtp_completeness_check
@@ -47,6 +50,8 @@ class LoaderTrace:
     """Every parameter that the loader writes to, misc or not."""
     partial: frozenset[str]
     """Of those, the ones with elements that neither a holding nor a fill covers."""
+    unsure: bool
+    """The loader may write more than `written`: it could not be followed to the end."""
     aliases: tuple[tuple[str, str], ...]
     """(second, first): two names of one live memory; the second is never written on its own."""
     deferred: frozenset[str]
@@ -66,12 +71,25 @@ def trace_loader(model: torch.nn.Module, hf_shapes: HfShapes) -> LoaderTrace:
 
     Raises TraceError when `load_weights` cannot run on meta tensors at all.
     """
-    with loader_layout(model) as slots:
+    with _no_collections(), loader_layout(model) as slots:
         aliases = dict(_aliases(slots))
         kept = [slot for slot in slots if slot.param not in aliases]
         recorder, refused, reported = _run(model, slots, hf_shapes)
-    writes = [w for w in recorder.writes if w.param not in aliases]
-    return _Compiler(kept, hf_shapes, writes, recorder.read_values, refused, reported, aliases).compile()
+        writes = [w for w in recorder.writes if w.param not in aliases]
+        values = recorder.read_values
+        return _Compiler(kept, hf_shapes, writes, values, refused, reported, aliases).compile()
+
+
+@contextmanager
+def _no_collections() -> Iterator[None]:
+    """Tracing 45,000 experts makes a million small objects; collections would walk the whole model each time."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 def _aliases(slots: Sequence[Slot]) -> Iterator[tuple[str, str]]:
@@ -143,27 +161,21 @@ class _Compiler:
         self.fills = tuple(w for w in writes if isinstance(w, Filled) and 0 not in w.dst.sizes)
         self.computed = tuple(w for w in writes if isinstance(w, Computed))
         self.order = {write: position for position, write in enumerate(writes)}
+        self.held: dict[Copied, tuple[Holding, ...]] = {}
+        self.unsure = bool(refused)
+        self.canonical = {name: canonical(name) for name in hf_shapes}
         for name in sorted(read_values):
             self.misc.setdefault(name, "the loader reads its values on the host")
 
     def compile(self) -> LoaderTrace:
         by_param = self._boxes_by_param()
         self._check_params(by_param)
-        held = [h for copy, h in self._holdings() if copy.tensor not in self.misc]
+        held = [h for copy in self.copied if copy.tensor not in self.misc for h in self.held[copy]]
         self._check_reported(held)
         return self._result(held, by_param)
 
-    def _view_boxes(self, copy: Copied) -> tuple[tuple[Holding, ...], tuple[Region, ...]]:
-        """The copy as holdings of the HF tensor, and as boxes of the parameter."""
-        shape, _ = self.hf_shapes[copy.tensor]
-        slot = self.slots[copy.param]
-        held = tuple(
-            Holding(copy.tensor, Region(b.starts, b.stops), copy.param, b.offset, b.strides)
-            for b in boxes(shape, copy.src, copy.dst)
-        )
-        return held, _param_boxes(slot, copy.dst)
-
     def _boxes_by_param(self) -> dict[str, list[tuple[str, Region]]]:
+        """Fill `held`, and give the boxes of each parameter's own indices that plain copies write."""
         found: dict[str, list[tuple[str, Region]]] = defaultdict(list)
         for copy in self.copied:
             if self.slots[copy.param].deferred:
@@ -172,12 +184,33 @@ class _Compiler:
                 )
                 continue
             try:
-                _, regions = self._view_boxes(copy)
+                regions = _param_boxes(self.slots[copy.param], copy.dst)
+                self.held[copy] = self._held(copy)
             except NotABox as error:
                 self.misc.setdefault(copy.tensor, str(error))
                 continue
             found[copy.param].extend((copy.tensor, region) for region in regions)
         return found
+
+    def _held(self, copy: Copied) -> tuple[Holding, ...]:
+        """The copy as holdings under the canonical name; an expert becomes one row of dim 0."""
+        shape, _ = self.hf_shapes[copy.tensor]
+        found = boxes(shape, copy.src, copy.dst)
+        name, expert = self.canonical[copy.tensor]
+        if expert is None:
+            return tuple(
+                Holding(name, Region(b.starts, b.stops), copy.param, b.offset, b.strides) for b in found
+            )
+        return tuple(
+            Holding(
+                name,
+                Region((expert, *b.starts), (expert + 1, *b.stops)),
+                copy.param,
+                b.offset,
+                (b.num_elements, *b.strides),
+            )
+            for b in found
+        )
 
     def _check_params(self, by_param: dict[str, list[tuple[str, Region]]]) -> None:
         """Where one parameter gets more than disjoint plain copies, all tensors in it are misc."""
@@ -214,28 +247,21 @@ class _Compiler:
                 return f"a constant set with {fill.tensor} overlaps what {tensor} loads"
         return None
 
-    def _holdings(self) -> Iterator[tuple[Copied, Holding]]:
-        for copy in self.copied:
-            if copy.tensor not in self.misc:
-                for holding in self._view_boxes(copy)[0]:
-                    yield copy, holding
-
     def _check_reported(self, held: list[Holding]) -> None:
         """A parameter that the loader says it loaded, but no write was seen: nothing may stay unseen."""
         seen = {w.param for w in (*self.copied, *self.computed, *self.fills)} | set(self.aliases)
         unseen = sorted(name for name in self.reported if name in self.slots and name not in seen)
         if unseen:
-            named = {h.tensor for h in held} | set(self.misc)
+            self.unsure = True
+            named = {h.tensor for h in held}
             for name in self.hf_shapes:
-                if name not in named:
+                if self.canonical[name][0] not in named and name not in self.misc:
                     self.misc[name] = f"the loader reports {unseen[0]} as loaded, but no copy was seen"
 
     def _result(self, held: list[Holding], by_param: dict[str, list[tuple[str, Region]]]) -> LoaderTrace:
         dtypes = self._wire_dtypes(held)
         misc = self._canonical_misc()
-        holdings = coalesce_holdings(
-            stacked for h in held for stacked in (_stack(h),) if stacked.tensor not in misc
-        )
+        holdings = coalesce_holdings(h for h in held if h.tensor not in misc)
         names = {h.tensor for h in holdings} | set(misc)
         shapes = self._canonical_shapes(names)
         tensors = tuple(TensorSpec(n, shapes[n][0], dtypes.get(n, shapes[n][1])) for n in sorted(names))
@@ -254,6 +280,7 @@ class _Compiler:
             fills=self.fills,
             written=written,
             partial=frozenset(p for p in written if self._is_partial(p, by_param.get(p, []))),
+            unsure=self.unsure,
             aliases=tuple(sorted(self.aliases.items())),
             deferred=frozenset(c.tensor for c in self.copied if self.slots[c.param].deferred),
             unused=tuple(sorted(set(self.hf_shapes) - seen)),
@@ -263,10 +290,9 @@ class _Compiler:
         """Canonical tensor -> the one dtype it is stored in here; two dtypes make it misc."""
         found: dict[str, str] = {}
         for holding in held:
-            name = canonical(holding.tensor)[0]
-            dtype = _dtype(self.slots[holding.param])
+            name, dtype = holding.tensor, _dtype(self.slots[holding.param])
             if found.setdefault(name, dtype) != dtype:
-                self.misc.setdefault(holding.tensor, f"it is stored both as {found[name]} and as {dtype}")
+                self.misc.setdefault(name, f"it is stored both as {found[name]} and as {dtype}")
         return found
 
     def _canonical_misc(self) -> dict[str, str]:
@@ -280,7 +306,7 @@ class _Compiler:
         found: dict[str, tuple[tuple[int, ...], str]] = {}
         experts: dict[str, int] = defaultdict(int)
         for hf_name, (shape, dtype) in self.hf_shapes.items():
-            name, expert = canonical(hf_name)
+            name, expert = self.canonical[hf_name]
             if name in names:
                 experts[name] = max(experts[name], 0 if expert is None else expert + 1)
                 found[name] = ((experts[name], *shape) if expert is not None else shape, dtype)
@@ -289,6 +315,8 @@ class _Compiler:
     def _is_partial(self, param: str, entries: list[tuple[str, Region]]) -> bool:
         slot = self.slots[param]
         regions = [region for tensor, region in entries if tensor not in self.misc]
+        if sum(region.num_elements for region in regions) == slot.tensor.numel():
+            return False  # what is not misc is disjoint
         regions += [box for f in self.fills if f.param == param for box in _param_boxes(slot, f.dst)]
         return bool(uncovered(Region.whole(tuple(slot.tensor.shape)), regions))
 
@@ -298,17 +326,12 @@ def _param_boxes(slot: Slot, view: View) -> tuple[Region, ...]:
     shape = tuple(slot.tensor.shape)
     if tuple(slot.tensor.stride()) != contiguous_strides(shape) and slot.tensor.numel() > 1:
         raise NotABox(f"{slot.param} of shape {shape} has strides {tuple(slot.tensor.stride())}")
+    return _regions(shape, view)
+
+
+@lru_cache(maxsize=1 << 16)
+def _regions(shape: tuple[int, ...], view: View) -> tuple[Region, ...]:
     return tuple(Region(b.starts, b.stops) for b in boxes(shape, view, view))
-
-
-def _stack(holding: Holding) -> Holding:
-    """The same holding under its canonical name; an expert becomes one row of dim 0."""
-    name, expert = canonical(holding.tensor)
-    if expert is None:
-        return holding
-    region = Region((expert, *holding.region.starts), (expert + 1, *holding.region.stops))
-    rows = holding.region.num_elements
-    return Holding(name, region, holding.param, holding.offset, (rows, *holding.strides))
 
 
 def _dtype(slot: Slot) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 
 MAX_BOXES = 4096
 """More pieces than this for one copy cost more in the plan than a packed broadcast of the tensor."""
@@ -38,6 +39,10 @@ class Box:
     offset: int
     strides: tuple[int, ...]
 
+    @property
+    def num_elements(self) -> int:
+        return math.prod(b - a for a, b in zip(self.starts, self.stops, strict=True))
+
 
 @dataclass(frozen=True, slots=True)
 class _Axis:
@@ -56,6 +61,7 @@ def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(strides)
 
 
+@lru_cache(maxsize=1 << 16)  # layers repeat: 60 layers of 256 experts have 2,000 distinct copies
 def boxes(shape: tuple[int, ...], src: View, dst: View) -> tuple[Box, ...]:
     """Boxes of a dense HF tensor of `shape` that a copy of view `src` into view `dst` fills.
 
