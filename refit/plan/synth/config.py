@@ -195,12 +195,24 @@ def _latent_attention(config: Config, head: str, hidden: int) -> tuple[Module, .
     return tuple(parts)
 
 
-def _nemotron(config: Config) -> Model:
-    pattern = config.values.get("hybrid_override_pattern")
+BLOCK_TYPES = {"mamba": "M", "attention": "*", "mlp": "-", "moe": "E"}
+
+
+def _nemotron_pattern(config: Config) -> str:
+    """One letter per layer, from the string of published configs or the list that newer transformers write."""
+    pattern, types = config.values.get("hybrid_override_pattern"), config.values.get("layers_block_type")
+    if pattern is None and isinstance(types, list) and all(one in BLOCK_TYPES for one in types):
+        return "".join(BLOCK_TYPES[one] for one in types)
     if not isinstance(pattern, str) or set(pattern) - set("M*-E"):
         raise ConfigError(
-            f"config of {config.model}: hybrid_override_pattern {pattern!r} must be made of M * - E"
+            f"config of {config.model}: hybrid_override_pattern {pattern!r} must be made of M * - E, or"
+            f" layers_block_type {types!r} a list of {', '.join(BLOCK_TYPES)}"
         )
+    return pattern
+
+
+def _nemotron(config: Config) -> Model:
+    pattern = _nemotron_pattern(config)
     layers = tuple(_nemotron_layer(config, layer, kind) for layer, kind in enumerate(pattern))
     return _wrap(config, layers, "backbone.embeddings", "backbone.norm_f.weight", "decoder.final_norm.weight")
 
