@@ -4,7 +4,7 @@ What is left per refit and segment is two `as_strided` calls and one entry in a 
 20,000 small routes would cost a second of Python.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -21,7 +21,10 @@ KEPT_ELEMENTS = (
 
 @dataclass(frozen=True, slots=True)
 class Move:
-    """One segment: where it lies in its bucket (elements of `wire`, row-major) and in this rank's param."""
+    """One segment: where it lies in its bucket (elements of `wire`, row-major) and in this rank's param.
+
+    `is_run`: the box is one contiguous run of the param too.
+    """
 
     segment: Segment
     wire: torch.dtype
@@ -30,6 +33,7 @@ class Move:
     start: int
     strides: tuple[int, ...]
     tensor_shape: tuple[int, ...]
+    is_run: bool
     weighing: Weighing | None
 
     @classmethod
@@ -45,6 +49,7 @@ class Move:
             segment.start_byte // wire.itemsize,
             row_major(segment.shape),
             tensor_shape,
+            is_run(segment.shape, segment.strides),
             Weighing.of(segment.region, wire.itemsize, device) if is_kept else None,
         )
 
@@ -61,15 +66,12 @@ class Move:
 
 @dataclass(frozen=True, slots=True)
 class CompiledBucket:
-    """A bucket with its moves. `num_bytes` are those on the wire, padding included."""
+    """A bucket with its moves. `num_bytes` are those on the wire, padding included; `payload_bytes` are without."""
 
     peer: int
     num_bytes: int
+    payload_bytes: int
     moves: tuple[Move, ...]
-
-    @property
-    def payload_bytes(self) -> int:
-        return sum(move.num_bytes for move in self.moves)
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +90,13 @@ class CompiledStage:
     stage: int
     group_ranks: tuple[int, ...]
     rounds: tuple[CompiledRound, ...]
+
+    @property
+    def moves(self) -> Iterator[Move]:
+        """Every move of the stage."""
+        for round_ in self.rounds:
+            for bucket in (*round_.sends, *round_.receives):
+                yield from bucket.moves
 
     @property
     def payload_bytes(self) -> tuple[int, int]:
@@ -112,7 +121,13 @@ def _round(round_: Round, shapes: Mapping[str, tuple[int, ...]], device: torch.d
 
 def _bucket(bucket: Bucket, shapes: Mapping[str, tuple[int, ...]], device: torch.device) -> CompiledBucket:
     moves = tuple(Move.of(segment, shapes[segment.tensor], device) for segment in bucket.segments)
-    return CompiledBucket(bucket.peer, bucket.num_bytes, moves)
+    return CompiledBucket(bucket.peer, bucket.num_bytes, sum(move.num_bytes for move in moves), moves)
+
+
+def is_run(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
+    """True if a box of these strides is contiguous in row-major order."""
+    wanted = row_major(shape)
+    return all(size == 1 or a == b for size, a, b in zip(shape, strides, wanted, strict=True))
 
 
 def row_major(shape: tuple[int, ...]) -> tuple[int, ...]:
