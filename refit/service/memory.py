@@ -7,9 +7,9 @@ from refit.service.config import JobConfig
 MIB = 2**20
 DRIVER_BYTES = 1000 * MIB
 RAY_BYTES = 700 * MIB
-TRAIN_RANK_BYTES = 1000 * MIB
+TRAIN_RANK_BYTES = 1200 * MIB
 ENGINE_BYTES = 1000 * MIB
-ENGINE_WORKER_BYTES = 1000 * MIB
+ENGINE_WORKER_BYTES = 1200 * MIB
 TRAIN_BYTES_PER_PARAM = 22
 """bf16 weights 2 and reference 2, float32 gradients 4 and masters 4, Adam 8, send buffers and a gather 2."""
 GEN_BYTES_PER_PARAM = 6
