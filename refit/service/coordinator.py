@@ -9,6 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
+import ray
+
 from refit.plan import DEFAULT_WHITELIST, Plan, PlanOptions
 from refit.service.agreement import (
     Mismatch,
@@ -92,7 +94,8 @@ class Coordinator:
         Raises PlanError for contradicting descriptions, RefitFailed or TransportError with the cause when a rank fails
         or does not answer within `refit.timeout_s`. Nothing is left open then.
         """
-        control = ControlStore.host(port=config.cluster.port, run_id=secrets.token_hex(8))
+        address = _control_address(config)
+        control = ControlStore.host(address, config.cluster.port, run_id=secrets.token_hex(8))
         try:
             calls = _prepare_calls(config, control, trainers, generators)
             terms = _terms(config)
@@ -189,6 +192,11 @@ class Coordinator:
     @staticmethod
     def _each(actors: Sequence[Any]) -> list[tuple[int, Any]]:
         return list(enumerate(actors))
+
+
+def _control_address(config: JobConfig) -> str:
+    """Loopback for a Ray of our own; on an existing cluster this node's address, which its other nodes reach."""
+    return "127.0.0.1" if config.cluster.address is None else str(ray.util.get_node_ip_address())
 
 
 def whitelist_of(config: JobConfig) -> tuple[str, ...]:
