@@ -224,8 +224,7 @@ class Generator:
             self._control.close()
             self._control = None
         if llm is not None:
-            with _deadline("closing", CLOSE_S, lambda: self._children), contextlib.suppress(Exception):
-                llm.llm_engine.engine_core.shutdown()
+            _shut_down(llm)
         _end_processes(self._children)
 
     def _decision(self, attempt: int) -> bool:
@@ -294,6 +293,18 @@ def _build_llm(model_dir: str, parallel: GenParallel, options: GenOptions) -> An
         weight_transfer_config=WeightTransferConfig(backend="refit"),
         worker_extension_cls="refit.gen_side.worker.RefitWorker",
     )
+
+
+def _shut_down(llm: Any) -> None:
+    """vLLM's own shutdown, given CLOSE_S: after a worker died it may wait for ever for a socket of its own."""
+
+    def shut_down() -> None:
+        with contextlib.suppress(Exception):  # a closing that fails must not hide why the engine is closed
+            llm.llm_engine.engine_core.shutdown()
+
+    thread = threading.Thread(target=shut_down, name="refit-close-engine", daemon=True)
+    thread.start()
+    thread.join(CLOSE_S)
 
 
 def _stop_tokens(model_dir: Path) -> tuple[int, ...]:
