@@ -7,7 +7,7 @@ import pytest
 from tests.end_to_end.jobs import JobPool
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def jobs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[JobPool]:
     pool = JobPool(tmp_path_factory.mktemp("jobs"))
     yield pool
