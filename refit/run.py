@@ -38,9 +38,8 @@ OK, FAILED, REFUSED, INTERRUPTED = 0, 1, 2, 130
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a job from a command line. Returns the exit code; prints one clear message for a failure."""
-    signal.signal(signal.SIGTERM, _interrupt)
     arguments = _parser().parse_intermixed_args(sys.argv[1:] if argv is None else argv)
-    with _only_summary_on_stdout() as stdout:
+    with _sigterm_interrupts(), _only_summary_on_stdout() as stdout:
         try:
             config = load_config(arguments.config_name, arguments.overrides, arguments.config_dir)
             if arguments.cfg:
@@ -165,6 +164,16 @@ def _only_summary_on_stdout() -> Iterator[TextIO]:
         sys.stdout.flush()
         os.dup2(real, 1)
         os.close(real)
+
+
+@contextlib.contextmanager
+def _sigterm_interrupts() -> Iterator[None]:
+    """Inside, SIGTERM ends the job as Ctrl-C does, with everything it started."""
+    before = signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _interrupt(_signal: int, _frame: types.FrameType | None) -> NoReturn:
