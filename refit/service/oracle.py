@@ -6,12 +6,13 @@ dtype that the engine stores. Comparing this with an audit checks the whole refi
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
 import torch
 
 from refit.plan import Manifest, Region, TensorSpec
 from refit.plan.naming import canonical
+from refit.plan.region import uncovered
 from refit.transfer.digest import MASK, digest
 
 type Shares = dict[str, tuple[TensorSpec, dict[int, tuple[Region, ...]]]]
@@ -71,11 +72,4 @@ def _slices(region: Region) -> tuple[slice, ...]:
 
 def _joined(regions: tuple[Region, ...], new: Region) -> tuple[Region, ...]:
     """Add what of `new` is not covered yet."""
-    return (*regions, *_without(new, regions))
-
-
-def _without(region: Region, covered: tuple[Region, ...]) -> Iterator[Region]:
-    rest: tuple[Region, ...] = (region,)
-    for other in covered:
-        rest = tuple(part for piece in rest for part in piece.subtract(other))
-    yield from rest
+    return (*regions, *uncovered(new, regions))
