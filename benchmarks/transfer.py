@@ -1,12 +1,19 @@
-"""Bytes between real processes over gloo: our paths, the raw limit, the conventional path. Prints one JSON line.
+"""Bytes between real processes over gloo: our paths, the raw limit, the peers. Prints one JSON line.
 
-    python benchmarks/transfer.py                 # 2+2 and 4+4 processes, 1 GiB and more: minutes, 12 GiB of RAM
-    python benchmarks/transfer.py --tiny          # seconds
+    python -m benchmarks.transfer                 # 2+2 and 4+4 processes, 1 GiB and more: minutes, 14 GiB of RAM
+    python -m benchmarks.transfer --tiny          # seconds
+    python -m benchmarks.transfer --without-mcore # where megatron-core is not installed
 
-Per case, in every repeat, in turn: `raw` sends the bytes of the plan between the same pairs from flat buffers and does
-nothing else (the limit); `p2p` and `golden` move the model; `gather_broadcast` gathers full tensors on trainer 0 and
-broadcasts them packed, as a conventional refit does. `p2p_digest` is p2p with digests on both ends. Seconds are those
-of the slowest rank, medians over the repeats.
+Per case, in every repeat, in turn:
+
+* `raw` sends the bytes of the plan between the same pairs from flat buffers and does nothing else: the limit;
+* `p2p` moves the model; `p2p_digest` is the same with digests on both ends, and `digest_s` the difference;
+* `golden` is our oracle: gather, broadcast, slice, tensor by tensor;
+* `gather_broadcast` gathers full tensors on trainer 0 and broadcasts them packed, as a conventional refit does;
+* `mcore` is Megatron-Core's resharding with its gloo service: the same model, from the trainers' layout to the Megatron
+  layout that has the generators' parallel sizes. Dense cases only: `mcore_s` is null where the trainers cut experts.
+
+Seconds are those of the slowest rank, medians over the repeats (peers: PEER_REPEATS of them).
 """
 
 import argparse
@@ -18,31 +25,41 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from refit.plan import Manifest, Plan, PlanOptions, RankManifest, Region, TensorSpec, build_plan
+from benchmarks.gather_broadcast import GatherBroadcast
+from refit.plan import Manifest, PlanOptions, build_plan
 from refit.plan.synth.config import model_from_config
 from refit.plan.synth.gen import gen_manifest
 from refit.plan.synth.parallel import parse_gen, parse_train
 from refit.plan.synth.train import train_manifest
 from refit.transfer import bulk, golden
-from refit.transfer.broadcast import receive_packed, send_packed
 from refit.transfer.bulk import StageJob
-from refit.transfer.compiled import compile_stage
+from refit.transfer.compiled import CompiledRound, compile_stage
 from refit.transfer.groups import Groups, open_group, open_groups
 from refit.transfer.lanes import run_lanes
-from refit.transfer.memory import copy_cast, strided_box, torch_dtype
+from refit.transfer.memory import torch_dtype
 from refit.transfer.rendezvous import ControlStore
 from refit.transfer.report import BulkReport
 from refit.transfer.transport import Parcel
 
 CPU = torch.device("cpu")
 TIMEOUT_S = 300.0
-PATHS = ("raw", "p2p", "p2p_digest", "golden", "gather_broadcast")
+NUM_STREAMS = 2
+PEER_REPEATS = 1
+OURS = ("raw", "p2p", "p2p_digest")
+PEERS = ("golden", "gather_broadcast")
+MCORE = "mcore"
+PRELOADED = ("torch.distributed", "refit.transfer.endpoint", "benchmarks.gather_broadcast")
+PRELOADED_MCORE = (
+    "megatron.core.models.gpt.gpt_model",
+    "megatron.core.resharding.refit",
+    "benchmarks.megatron_peer",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,11 +100,11 @@ def moe(layers: int, hidden: int, experts: int, vocab: int) -> dict[str, object]
 
 
 CASES = (
-    Case("dense_2x2", dense(11, 2048, 32768), "pp=2", "tp=2", 32 << 20),
-    Case("moe_2x2", moe(12, 1024, 28, 32768), "ep=2", "tp=2", 32 << 20),
-    Case("dense_4x4", dense(11, 2048, 32768), "tp=2,pp=2", "tp=4", 32 << 20),
-    Case("moe_4x4", moe(12, 1024, 28, 32768), "ep=4", "tp=2,replicas=2", 32 << 20),
     Case("small_tensors_2x2", dense(940, 64, 1024), "tp=2", "tp=2", 8 << 20),
+    Case("dense_2x2", dense(10, 2048, 32768), "pp=2", "tp=2", 32 << 20),
+    Case("moe_2x2", moe(12, 1024, 28, 32768), "ep=2", "tp=2", 32 << 20),
+    Case("dense_4x4", dense(10, 2048, 32768), "tp=2,pp=2", "tp=4", 32 << 20),
+    Case("moe_4x4", moe(6, 1024, 28, 32768), "ep=4", "tp=2,replicas=2", 32 << 20),
 )
 TINY = (
     Case("dense_2x2", dense(2, 128, 512), "pp=2", "tp=2", 1 << 16),
@@ -95,30 +112,37 @@ TINY = (
 )
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> dict[str, object]:
+    """Run the cases, print the line and return it."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--without-mcore", action="store_true")
     parser.add_argument("--cases", nargs="*", help="names of cases to run (default: all)")
     options = parser.parse_args(argv)
     cases = TINY if options.tiny else CASES
     if options.cases:
         cases = tuple(case for case in cases if case.name in options.cases)
+    peers = PEERS if options.without_mcore else (*PEERS, MCORE)
+    multiprocessing.get_context("forkserver").set_forkserver_preload(
+        [*PRELOADED, *(() if options.without_mcore else PRELOADED_MCORE)]
+    )
     rows = []
     for case in cases:
-        rows.append(run_case(case, options.repeats))
+        rows.append(run_case(case, options.repeats, peers))
         print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
-    line = {
+    line: dict[str, object] = {
         "benchmark": "transfer",
         "commit": commit(),
         "hardware": hardware(),
         "repeats": options.repeats,
+        "peer_repeats": min(PEER_REPEATS, options.repeats),
         "cases": rows,
     }
     print(json.dumps(line))
-    return 0
+    return line
 
 
 def manifests(case: Case) -> tuple[Manifest, Manifest, PlanOptions]:
@@ -127,104 +151,119 @@ def manifests(case: Case) -> tuple[Manifest, Manifest, PlanOptions]:
     return train, gen_manifest(model, parse_gen(case.gen)), PlanOptions(case.bucket_bytes)
 
 
-def run_case(case: Case, repeats: int) -> dict[str, object]:
+def run_case(case: Case, repeats: int, peers: Sequence[str]) -> dict[str, object]:
     """Start the ranks, collect their rows, take the slowest rank per repeat and the median over repeats."""
     train, gen, _ = manifests(case)
+    if "ep=" in case.train:
+        # megatron-core 0.19 finds experts under another expert parallel size only by Transformer Engine's grouped names
+        peers = [path for path in peers if path != MCORE]
     num_ranks = len(train.ranks) + len(gen.ranks)
     host = ControlStore.host(run_id=case.name)
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
     processes = [
-        context.Process(target=rank_main, args=(rank, host.port, case, repeats), daemon=True)
+        context.Process(target=rank_main, args=(rank, host.port, case, repeats, peers), daemon=True)
         for rank in range(num_ranks)
     ]
     for process in processes:
         process.start()
     try:
-        found = [host.get(f"row/{rank}", TIMEOUT_S * 4) for rank in range(num_ranks)]
+        found = [host.get(f"row/{rank}", TIMEOUT_S * 2) for rank in range(num_ranks)]
     finally:
         for process in processes:
             process.join(10)
             process.kill()
         host.close()
-    rows = [row for row in found if isinstance(row, dict)]
-    return case_row(case, rows, repeats)
+    return case_row(case, [row for row in found if isinstance(row, dict)])
 
 
-def case_row(case: Case, rows: Sequence[dict[str, object]], repeats: int) -> dict[str, object]:
-    seconds = {
-        path: [max(row["seconds"][path][i] for row in rows) for i in range(repeats)]  # type: ignore[index]
-        for path in PATHS
+def case_row(case: Case, rows: Sequence[dict[str, dict[str, list[float]]]]) -> dict[str, object]:
+    first = rows[0]["facts"]
+    paths = list(rows[0]["seconds"])
+    slowest = {
+        path: [max(times) for times in zip(*(row["seconds"][path] for row in rows), strict=True)]
+        for path in paths
     }
-    median = {path: statistics.median(values) for path, values in seconds.items()}
+    median = {path: statistics.median(values) for path, values in slowest.items()}
+    p2p = median["p2p"]
     return {
         "name": case.name,
         "train": case.train,
         "gen": case.gen,
-        "bytes": sum(row["bytes_sent"] for row in rows),  # type: ignore[misc]
-        "routes": rows[0]["routes"],
-        "plan_digest": rows[0]["digest"],
+        "bytes": sum(row["facts"]["bytes_sent"] for row in rows),
+        "routes": first["routes"],
+        "plan_digest": first["digest"],
         "bucket_bytes": case.bucket_bytes,
+        "mcore_s": None,
         **{f"{path}_s": round(value, 4) for path, value in median.items()},
-        "p2p_best_s": round(min(seconds["p2p"]), 4),
-        "raw_best_s": round(min(seconds["raw"]), 4),
-        "p2p_over_raw": round(median["p2p"] / median["raw"], 3),
-        "golden_over_p2p": round(median["golden"] / median["p2p"], 2),
-        "gather_broadcast_over_p2p": round(median["gather_broadcast"] / median["p2p"], 2),
-        "p2p_phases_s": rows[-1]["phases"],
-        "extra_rss_bytes": max(row["extra_rss_bytes"] for row in rows),  # type: ignore[type-var]
+        "digest_s": round(median["p2p_digest"] - p2p, 4),
+        "p2p_over_raw": round(p2p / median["raw"], 3),
+        "p2p_digest_over_raw": round(median["p2p_digest"] / median["raw"], 3),
+        "p2p_best_over_raw_best": round(min(slowest["p2p"]) / min(slowest["raw"]), 3),
+        **{f"{path}_over_p2p": round(median[path] / p2p, 2) for path in paths if path not in OURS},
+        "mcore_bytes": sum(row["facts"]["mcore_bytes"] for row in rows),
+        "p2p_phases_s": rows[-1]["facts"]["phases"],
+        "extra_rss_bytes": max(row["facts"]["extra_rss_bytes"] for row in rows),
     }
 
 
-def rank_main(rank: int, port: int, case: Case, repeats: int) -> None:
+def rank_main(rank: int, port: int, case: Case, repeats: int, peers: Sequence[str]) -> None:
     """One rank: open groups, then every path in turn."""
     torch.set_num_threads(1)
     control = ControlStore.join("127.0.0.1", port, case.name)
-    train, gen, options = manifests(case)
-    plan = build_plan(train, gen, options)
-    manifest = train.ranks[rank] if rank < plan.num_train else gen.ranks[rank - plan.num_train]
-    bench = Bench(control, rank, plan, manifest, case.bucket_bytes)
-    seconds: dict[str, list[float]] = {path: [] for path in PATHS}
-    for repeat in range(-1, repeats):  # one round to warm up
-        for path in PATHS:
+    bench = Bench(control, rank, case, MCORE in peers)
+    seconds: dict[str, list[float]] = {path: [] for path in (*OURS, *peers)}
+    warm = [
+        path for path in (*OURS, MCORE) if path in seconds
+    ]  # mcore plans in its first call, and keeps the plan
+    for repeat in range(-1, repeats):
+        for path in warm if repeat < 0 else OURS if repeat >= PEER_REPEATS else seconds:
             took = bench.timed(path)
             if repeat >= 0:
                 seconds[path].append(took)
-    row = {
-        "seconds": seconds,
-        "routes": plan.num_routes,
-        "digest": plan.digest,
-        "bytes_sent": bench.report.bytes_sent,
-        "phases": {phase: round(value, 4) for phase, value in bench.report.seconds.items()},
-        "extra_rss_bytes": bench.extra_rss_bytes,
-    }
-    control.put(f"row/{rank}", row)
+    control.put(f"row/{rank}", {"seconds": seconds, "facts": bench.facts()})
     bench.barrier()
 
 
 class Bench:
-    """What one rank holds: its params, its groups, flat buffers for the raw path."""
+    """What one rank holds: its params, its groups, flat buffers for the raw path, Megatron's model."""
 
-    def __init__(
-        self, control: ControlStore, rank: int, plan: Plan, manifest: RankManifest, bucket_bytes: int
-    ) -> None:
-        self.rank, self.plan, self.manifest, self.bucket_bytes = rank, plan, manifest, bucket_bytes
-        self.groups: Groups = open_groups(control, rank, plan, "gloo", TIMEOUT_S)
-        everyone = tuple(range(plan.num_train + plan.num_gen))
+    def __init__(self, control: ControlStore, rank: int, case: Case, with_mcore: bool) -> None:
+        train, gen, options = manifests(case)
+        self.plan = build_plan(train, gen, options)
+        self.rank, self.bucket_bytes = rank, case.bucket_bytes
+        manifest = (*train.ranks, *gen.ranks)[rank]
+        self.groups: Groups = open_groups(control, rank, self.plan, "gloo", TIMEOUT_S)
+        everyone = tuple(range(self.plan.num_train + self.plan.num_gen))
         deadline = time.monotonic() + TIMEOUT_S
         self.all = open_group(control, "everyone", everyone, rank, "gloo", deadline)
+        # all ones, because replicas must agree (golden checks)
         self.params = {
-            spec.name: torch.ones(
-                spec.shape, dtype=torch_dtype(spec.dtype)
-            )  # replicas must agree (golden checks)
-            for spec in manifest.params
+            spec.name: torch.ones(spec.shape, dtype=torch_dtype(spec.dtype)) for spec in manifest.params
         }
-        stages = plan.rank_plan(rank).stages
-        self.stages = [compile_stage(plan, stage, CPU) for stage in stages]
+        dtypes = {spec.name: spec.dtype for spec in manifest.params}
+        stages = self.plan.rank_plan(rank).stages
+        self.stages = [compile_stage(self.plan, stage, rank, dtypes, CPU) for stage in stages]
+        self.gather = GatherBroadcast(self.plan, manifest, self.params, self.all, self.groups.misc)
         self.report = BulkReport()
         self.extra_rss_bytes = 0
         pairs = [pair_bytes(stage.rounds) for stage in self.stages]
         sizes = {peer: n for sends, receives in pairs for peer, n in (sends | receives).items()}
         self.flat = {peer: torch.ones(num_bytes, dtype=torch.uint8) for peer, num_bytes in sizes.items()}
+        self.mcore = None
+        if with_mcore:
+            from benchmarks.megatron_peer import MegatronPeer
+
+            self.mcore = MegatronPeer.of_case(case.config, case.train, case.gen, rank, len(everyone), control)
+
+    def facts(self) -> dict[str, object]:
+        return {
+            "routes": self.plan.num_routes,
+            "digest": self.plan.digest,
+            "bytes_sent": self.report.bytes_sent,
+            "phases": {phase: round(value, 4) for phase, value in self.report.seconds.items()},
+            "extra_rss_bytes": self.extra_rss_bytes,
+            "mcore_bytes": 0 if self.mcore is None else self.mcore.received_bytes,
+        }
 
     def barrier(self) -> None:
         process_group = self.all.process_group
@@ -232,54 +271,51 @@ class Bench:
         process_group.barrier().wait()
 
     def timed(self, path: str) -> float:
-        run = {
-            "raw": self.raw,
-            "p2p": self.p2p,
-            "p2p_digest": lambda: self.move(bulk.move_stage, with_digests=True),
-            "golden": lambda: self.move(golden.move_stage),
-            "gather_broadcast": self.gather_broadcast,
-        }[path]
-        self.barrier()
-        began = time.perf_counter()
-        run()
-        return time.perf_counter() - began
-
-    def p2p(self) -> None:
+        deadline = time.monotonic() + TIMEOUT_S
+        runs: dict[str, Callable[[], object]] = {
+            "raw": lambda: self.raw(deadline),
+            "p2p": lambda: self.move(bulk.move_stage, deadline),
+            "p2p_digest": lambda: self.move(bulk.move_stage, deadline, with_digests=True),
+            "golden": lambda: self.move(golden.move_stage, deadline),
+            "gather_broadcast": lambda: self.gather.run(self.bucket_bytes, deadline),
+        }
+        if self.mcore is not None:
+            runs[MCORE] = self.mcore.reshard
         Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
         before = memory_bytes("VmRSS")
-        self.report = self.move(bulk.move_stage)
-        self.extra_rss_bytes = max(self.extra_rss_bytes, memory_bytes("VmHWM") - before)
+        self.barrier()
+        began = time.perf_counter()
+        result = runs[path]()
+        took = time.perf_counter() - began
+        if path == "p2p" and isinstance(result, BulkReport):
+            self.report = result
+            self.extra_rss_bytes = max(self.extra_rss_bytes, memory_bytes("VmHWM") - before)
+        return took
 
-    def move(self, mover, with_digests: bool = False) -> BulkReport:  # noqa: ANN001
-        deadline = time.monotonic() + TIMEOUT_S
+    def move(
+        self, mover: Callable[[StageJob], BulkReport], deadline: float, with_digests: bool = False
+    ) -> BulkReport:
+        groups = self.groups.stages
         jobs = [
             StageJob(
-                self.plan,
-                stage,
-                self.rank,
-                self.params,
-                self.groups.stages[stage.stage],
-                deadline,
-                CPU,
-                with_digests,
+                self.plan, stage, self.rank, self.params, groups[stage.stage], deadline, CPU, with_digests
             )
             for stage in self.stages
         ]
-        return run_lanes(jobs, mover, 2, lambda _: self.groups.abort())
+        return run_lanes(jobs, mover, NUM_STREAMS, lambda _: self.groups.abort())
 
-    def raw(self) -> None:
+    def raw(self, deadline: float) -> None:
         """The same bytes between the same pairs, in pieces of at most a bucket, from and into flat buffers."""
-        deadline = time.monotonic() + TIMEOUT_S
+        waiting = []
         for stage in self.stages:
             transport = self.groups.stages[stage.stage].transport
             sends, receives = pair_bytes(stage.rounds)
-            tickets = []
             for tag in range(max([0, *(-(-n // self.bucket_bytes) for n in (sends | receives).values())])):
                 out = [Parcel(peer, part) for peer, part in self._parts(sends, tag)]
                 into = [Parcel(peer, part) for peer, part in self._parts(receives, tag)]
-                tickets.append(transport.post(out, into, tag))
-            for ticket in tickets:
-                transport.wait(ticket, deadline)
+                waiting.append((transport, transport.post(out, into, tag)))
+        for transport, ticket in waiting:
+            transport.wait(ticket, deadline)
 
     def _parts(self, pairs: dict[int, int], tag: int) -> Iterator[tuple[int, torch.Tensor]]:
         for peer, num_bytes in sorted(pairs.items()):
@@ -287,78 +323,16 @@ class Bench:
             if part.numel():
                 yield peer, part
 
-    def gather_broadcast(self) -> None:
-        """Full tensors gathered on trainer 0, broadcast packed to the generators, sliced there."""
-        deadline = time.monotonic() + TIMEOUT_S
-        specs = {
-            tensor.name: TensorSpec(tensor.name, tensor.shape, tensor.dtype)
-            for tensor in self.plan.tensors.values()
-        }
-        chunk_bytes = self.bucket_bytes
-        if self.rank < self.plan.num_train:
-            tensors = self._gathered(deadline)
-            if self.rank == 0:
-                assert self.groups.misc is not None, "trainer 0 is in the misc group"
-                send_packed(tensors, self.groups.misc, specs, chunk_bytes, deadline, CPU)
-            else:
-                for _ in tensors:
-                    pass
-            return
-        assert self.groups.misc is not None, "generators are in the misc group"
-        mine: dict[str, list] = {}
-        for holding in self.manifest.holdings:
-            mine.setdefault(holding.tensor, []).append(holding)
-        for name, full in receive_packed(self.groups.misc, specs, chunk_bytes, deadline, CPU):
-            for holding in mine.get(name, []):
-                copy_cast(self._box(holding), golden.cut(full, holding.region))
 
-    def _gathered(self, deadline: float) -> Iterator[tuple[str, torch.Tensor]]:
-        for number, tensor in enumerate(self.plan.tensors.values()):
-            full = torch.empty(tensor.shape, dtype=torch_dtype(tensor.dtype)) if self.rank == 0 else None
-            covered: list[Region] = []
-            for rank in self.plan.train.manifest.ranks:
-                for holding in rank.holdings:
-                    if holding.tensor == tensor.name and holding.region not in covered:
-                        covered.append(holding.region)
-                        self._bring(full, holding, rank.rank, number, deadline)
-            if full is not None:
-                yield tensor.name, full
-            else:
-                yield tensor.name, torch.empty(0)
-
-    def _bring(self, full, holding, holder: int, tag: int, deadline: float) -> None:  # noqa: ANN001
-        """One holding to trainer 0."""
-        if self.rank not in (0, holder):
-            return
-        dtype = torch_dtype(self.plan.tensors[holding.tensor].dtype)
-        if holder == 0:
-            if full is not None:
-                copy_cast(golden.cut(full, holding.region), self._box(holding))
-            return
-        packed = torch.empty(holding.region.shape, dtype=dtype)
-        payload = packed.view(-1).view(torch.uint8)
-        if self.rank == holder:
-            copy_cast(packed, self._box(holding))
-            ticket = self.all.transport.post([Parcel(0, payload)], [], tag)
-        else:
-            ticket = self.all.transport.post([], [Parcel(holder, payload)], tag)
-        self.all.transport.wait(ticket, deadline)
-        if full is not None:
-            copy_cast(golden.cut(full, holding.region), packed)
-
-    def _box(self, holding) -> torch.Tensor:  # noqa: ANN001
-        return strided_box(self.params[holding.param], holding.region.shape, holding.strides, holding.offset)
-
-
-def pair_bytes(rounds) -> tuple[dict[int, int], dict[int, int]]:  # noqa: ANN001
+def pair_bytes(rounds: Sequence[CompiledRound]) -> tuple[dict[int, int], dict[int, int]]:
     """Bytes to and from each peer over all rounds."""
     sends: dict[int, int] = {}
     receives: dict[int, int] = {}
     for round_ in rounds:
-        for bucket in round_.sends:
-            sends[bucket.peer] = sends.get(bucket.peer, 0) + bucket.num_bytes
-        for bucket in round_.receives:
-            receives[bucket.peer] = receives.get(bucket.peer, 0) + bucket.num_bytes
+        for parcel in round_.sends:
+            sends[parcel.peer] = sends.get(parcel.peer, 0) + parcel.num_bytes
+        for parcel in round_.receives:
+            receives[parcel.peer] = receives.get(parcel.peer, 0) + parcel.num_bytes
     return sends, receives
 
 
@@ -385,4 +359,4 @@ def hardware() -> dict[str, object]:
 
 if __name__ == "__main__":
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    sys.exit(main())
+    main()

@@ -1,4 +1,4 @@
-"""`python -m refit COMMAND`: commands that need no GPU, no weights and no framework.
+"""`python -m refit COMMAND`: plan and simulate without any framework, and validate with the real ones on a CPU.
 
 A command is a module of `refit.commands` with NAME, HELP, `add_arguments(parser)` and `run(arguments) -> int`; name it
 in COMMANDS. Modules are imported when asked for, so one command's needs are never another's.
@@ -15,6 +15,8 @@ COMMANDS = {
     "plan": ("refit.commands.plan", "plan a refit and report bytes, links, memory, seconds"),
     "explain": ("refit.commands.explain", "who sends which box of a tensor to whom"),
     "simulate": ("refit.commands.simulate", "timeline of a refit on a fabric, with stragglers and failures"),
+    "validate": ("refit.commands.validate", "refit real generators from real trainers, compare every byte"),
+    "report": ("refit.commands.report", "one HTML page about a run"),
 }
 
 

@@ -168,7 +168,7 @@ def _only_summary_on_stdout() -> Iterator[TextIO]:
 
 @contextlib.contextmanager
 def _sigterm_interrupts() -> Iterator[None]:
-    """Inside, SIGTERM ends the job as Ctrl-C does, with everything it started."""
+    """Inside, SIGTERM ends the job as Ctrl-C does, with everything it started; a second one does not cut that short."""
     before = signal.signal(signal.SIGTERM, _interrupt)
     try:
         yield
@@ -177,6 +177,7 @@ def _sigterm_interrupts() -> Iterator[None]:
 
 
 def _interrupt(_signal: int, _frame: types.FrameType | None) -> NoReturn:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     raise KeyboardInterrupt
 
 

@@ -2,10 +2,11 @@
 
 import argparse
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from refit.plan import Plan, PlanOptions, build_plan
 from refit.plan.cost import Topology, parse_topology
+from refit.plan.fanout import FanOut, fan_out
 from refit.plan.synth.config import load_model, shipped_models
 from refit.plan.synth.gen import gen_manifest
 from refit.plan.synth.parallel import parse_gen, parse_train
@@ -41,18 +42,22 @@ def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
         "--topology",
         default="",
         metavar="FABRIC",
-        help='"ranks_per_node=8,nics_per_node=8,nic_gbps=400,latency_us=20,op_us=4"',
+        help='"ranks_per_node=8,nics_per_node=8,nic_gbps=400,nvlink_gbps=3600,latency_us=20,op_us=4"',
     )
     parser.add_argument("--json", action="store_true", help="one JSON document on stdout instead of tables")
 
 
 @dataclass(frozen=True, slots=True)
 class Planned:
-    """A plan from the command line, the fabric, and how long the steps took."""
+    """A plan from the command line, the fabric, and how long the steps took.
+
+    `fan` is the fan-out inside generator nodes; None without a topology, or where no node wants a byte twice.
+    """
 
     model: str
     plan: Plan
     topology: Topology
+    fan: FanOut | None
     manifests_s: float
     plan_s: float
 
@@ -61,6 +66,9 @@ def planned(arguments: argparse.Namespace) -> Planned:
     """Read the arguments, make both manifests, plan. Raises PlanError and ConfigError with a remedy."""
     topology = parse_topology(arguments.topology)
     options = PlanOptions(arguments.bucket_bytes, arguments.max_ops)
+    if arguments.topology:
+        nodes = (topology.ranks_per_node, topology.nics_per_node)
+        options = replace(options, ranks_per_node=nodes[0], nics_per_node=nodes[1])
     train_mesh, gen_mesh = parse_train(arguments.train), parse_gen(arguments.gen)
     started = time.perf_counter()
     model = load_model(arguments.model)
@@ -68,7 +76,8 @@ def planned(arguments: argparse.Namespace) -> Planned:
     described = time.perf_counter()
     plan = build_plan(train, gen, options)
     done = time.perf_counter()
-    return Planned(model.name, plan, topology, described - started, done - described)
+    fan = fan_out(plan, topology) if arguments.topology else None
+    return Planned(model.name, plan, topology, fan, described - started, done - described)
 
 
 def rank_name(plan: Plan, rank: int) -> str:

@@ -8,7 +8,8 @@ from typing import Any
 from refit.commands.common import Planned, add_plan_arguments, planned, rank_name
 from refit.commands.tables import amount, seconds, show
 from refit.plan import RankPlan
-from refit.plan.cost import Cost, cost_of
+from refit.plan.cost import Cost, cost_of, max_over_mean_in_stage
+from refit.plan.fanout import FanOut
 
 DEFAULT_STREAMS = 2
 
@@ -57,6 +58,7 @@ def _report(done: Planned, cost: Cost, arguments: argparse.Namespace) -> dict[st
         "send_max_bytes": max(cost.sent),
         "send_min_bytes": min(cost.sent),
         "send_max_over_mean": round(cost.send_max_over_mean, 6),
+        "send_max_over_mean_in_stage": round(max_over_mean_in_stage(plan.totals), 6),
         "idle_senders": cost.idle_senders,
         "receive_max_bytes": max(cost.received),
         "receive_min_bytes": min(cost.received),
@@ -70,7 +72,21 @@ def _report(done: Planned, cost: Cost, arguments: argparse.Namespace) -> dict[st
         "peak_bytes_per_rank": max(max(share.peak_send_bytes, share.peak_receive_bytes) for share in shares),
         "bucket_bytes": plan.options.bucket_bytes,
         "rounds_max": max(len(stage.rounds) for share in shares for stage in share.stages),
+        "fan_out": None if done.fan is None else _fan_out(done.fan, arguments.streams),
         "digest": plan.digest,
+    }
+
+
+def _fan_out(fan: FanOut, num_streams: int) -> dict[str, Any]:
+    cost = fan.cost(num_streams or None)
+    return {
+        "bound_s": cost.bound_s,
+        "bound_ratio": round(cost.bound_ratio, 6),
+        "busiest_link": cost.busiest.name,
+        "busiest_link_s": cost.busiest.seconds,
+        "nvlink_s": fan.nvlink_s,
+        "relayed_bytes": sum(fan.relayed_in.values()),
+        "predicted_s": cost.predicted_s,
     }
 
 
@@ -108,6 +124,17 @@ def _print(report: dict[str, Any], done: Planned, cost: Cost) -> None:
         ],
     )
     show("bytes per rank", ("side", "ranks", "least", "most", "most / mean", "idle"), _sides(cost))
+    _print_time(report, done, cost)
+    if report["fan_out"] is not None:
+        _print_fan_out(report["fan_out"], report["predicted_s"])
+    print(
+        "Assumes: line rate on every NIC, trainers and generators on different nodes, bulk only (no pause, no misc,"
+        f" no finalize), {fabric.latency_s * 1e6:.0f} us per round, {fabric.op_s * 1e6:.0f} us per operation."
+    )
+
+
+def _print_time(report: dict[str, Any], done: Planned, cost: Cost) -> None:
+    plan, fabric = done.plan, done.topology
     sender = max(range(plan.num_train), key=lambda rank: cost.sent[rank])
     show(
         f"time at {fabric.nic_bytes_per_s * 8 / 1e9:.0f} Gb/s x {fabric.nics_per_node} NICs"
@@ -125,9 +152,22 @@ def _print(report: dict[str, Any], done: Planned, cost: Cost) -> None:
             ),
         ],
     )
-    print(
-        "Assumes: line rate on every NIC, trainers and generators on different nodes, bulk only (no pause, no misc,"
-        f" no finalize), {fabric.latency_s * 1e6:.0f} us per round, {fabric.op_s * 1e6:.0f} us per operation."
+
+
+def _print_fan_out(fan: dict[str, Any], direct_s: float) -> None:
+    show(
+        "with fan-out inside generator nodes (planned and proven; the executor moves direct plans only)",
+        ("what", "value"),
+        [
+            ("lower bound", seconds(fan["bound_s"])),
+            ("busiest NIC link", f"{seconds(fan['busiest_link_s'])}, {fan['busiest_link']}"),
+            ("ratio to the bound", f"{fan['bound_ratio']:.4f}"),
+            (
+                "over NVLink",
+                f"{amount(fan['relayed_bytes'])}, {seconds(fan['nvlink_s'])} on the busiest rank",
+            ),
+            ("predicted", f"{seconds(fan['predicted_s'])}, direct {seconds(direct_s)}"),
+        ],
     )
 
 

@@ -19,7 +19,7 @@ COLOURS = ("#3b6ea5", "#c0603a", "#4f8a5b", "#8c5fa8", "#b59a2c", "#3f9aa0", "#a
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_plan_arguments(parser)
     parser.add_argument(
-        "--streams", type=int, default=2, help="trainer stages in flight per generator (default 2)"
+        "--streams", type=int, default=0, help="trainer stages in flight per generator; 0 (default) means all"
     )
     parser.add_argument(
         "--slow",
@@ -39,11 +39,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--deadline", type=float, default=60.0, help="seconds until peers of a dead rank give up"
     )
     parser.add_argument(
+        "--fan-out",
+        action="store_true",
+        help="two hops: into a generator node once, then NVLink; needs --topology",
+    )
+    parser.add_argument(
         "--picture", type=Path, default=None, metavar="FILE.svg", help="write the timeline here"
     )
 
 
 def run(arguments: argparse.Namespace) -> int:
+    if arguments.fan_out and not arguments.topology:
+        raise ConfigError("--fan-out needs the nodes: give --topology, for example ranks_per_node=8")
     done = planned(arguments)
     faults = Faults(
         {
@@ -54,7 +61,9 @@ def run(arguments: argparse.Namespace) -> int:
         dict(_fault(done.plan, text) for text in arguments.fail),
         arguments.deadline,
     )
-    timeline = simulate(done.plan, done.topology, arguments.streams or None, faults)
+    timeline = simulate(
+        done.plan, done.topology, arguments.streams or None, faults, done.fan if arguments.fan_out else None
+    )
     if arguments.picture is not None:
         arguments.picture.write_text(picture(done.plan, timeline))
     if arguments.json:
@@ -102,12 +111,15 @@ def _report(done: Planned, timeline: Timeline) -> dict[str, object]:
 
 def _print(done: Planned, timeline: Timeline, arguments: argparse.Namespace) -> None:
     plan = done.plan
-    bound_s = cost_of(plan, done.topology).bound_s
+    two_hops = done.fan if arguments.fan_out else None
+    if arguments.fan_out and two_hops is None:
+        print("no two generators of a node want the same bytes: the direct plan is simulated")
+    bound_s = (cost_of(plan, done.topology) if two_hops is None else two_hops.cost()).bound_s
     if timeline.failure:
         print(f"FAILED: {timeline.failure}")
     rows: list[tuple[object, ...]] = [
         ("simulated" if not timeline.failure else "given up after", seconds(timeline.seconds)),
-        ("lower bound of a direct plan", seconds(bound_s)),
+        (f"lower bound of a {'direct' if two_hops is None else 'two-hop'} plan", seconds(bound_s)),
         ("stages in flight", arguments.streams or len(plan.stages)),
         ("generator links in use", f"{timeline.utilization:.1%}"),
         ("busy last", rank_name(plan, timeline.straggler)),
@@ -155,7 +167,8 @@ def picture(plan: Plan, timeline: Timeline) -> str:
             colour = COLOURS[span.stage % len(COLOURS)]
             parts.append(
                 f'<rect x="{x:.1f}" y="{y + 1}" width="{width:.1f}" height="{ROW - 3}" fill="{colour}"'
-                f' fill-opacity="0.55"><title>{rank_name(plan, span.rank)} stage {span.stage}:'
+                f' fill-opacity="{0.55 / span.hop:.2f}"><title>{rank_name(plan, span.rank)} stage {span.stage}'
+                f"{', NVLink' if span.hop == 2 else ''}:"
                 f" {span.start_s:.4f}-{span.stop_s:.4f} s, {amount(span.num_bytes)}</title></rect>"
             )
     return "\n".join([*parts, "</svg>", ""])

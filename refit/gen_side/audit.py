@@ -20,7 +20,7 @@ from refit.gen_side.readback import packed_modules, read_packed
 from refit.gen_side.staging import Staging, plain
 from refit.gen_side.trace import LoaderTrace
 from refit.plan.manifest import Holding
-from refit.plan.region import Region, first_overlap
+from refit.plan.region import Region, first_overlap, uncovered
 from refit.transfer.digest import MASK, digest, whole_digest
 from refit.transfer.memory import as_bytes, strided_box
 
@@ -157,13 +157,10 @@ def pieces(trace: LoaderTrace) -> Iterator[Holding]:
 def _without_repeats(group: list[Holding]) -> Iterator[Holding]:
     seen: list[Region] = []
     for holding in group:
-        rest: tuple[Region, ...] = (holding.region,)
-        for other in seen:
-            rest = tuple(part for piece in rest for part in piece.subtract(other))
-        seen.append(holding.region)
-        for region in rest:
+        for region in uncovered(holding.region, seen):
             offset = holding.offset_of(region)
             yield Holding(holding.tensor, region, holding.param, offset, holding.strides)
+        seen.append(holding.region)
 
 
 def _tensor_digests(trace: LoaderTrace, memory: Mapping[str, torch.Tensor]) -> Digests:

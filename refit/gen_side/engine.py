@@ -12,6 +12,8 @@ of every worker, and in the control store, which tells all other ranks at once.
 from __future__ import annotations
 
 import logging
+import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -31,6 +33,7 @@ from refit.gen_side.trace import LoaderTrace, trace_loader
 from refit.plan import ConfigError, ParamSpec
 from refit.transfer.endpoint import Endpoint
 from refit.transfer.errors import RefitFailed
+from refit.transfer.protocol import FinishReport, finished_key
 from refit.transfer.rendezvous import ControlStore
 
 _log = logging.getLogger(__name__)
@@ -66,10 +69,14 @@ class RefitInitInfo(WeightTransferInitInfo):
 
 @dataclass
 class RefitUpdateInfo(WeightTransferUpdateInfo):
-    """Which version is on its way, and under which attempt its messages stand."""
+    """Which version is on its way, and under which attempt its messages stand.
+
+    `background`: the bulk arrives in a thread, so that the worker can go on serving; ask `receiving`, then `load_rest`.
+    """
 
     version: int
     attempt: int
+    background: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +93,30 @@ class Session:
         return f"gen {self.gen_rank}"
 
 
+class Arrival(threading.Thread):
+    """A move in the background. `result` waits for it and raises what it raised."""
+
+    def __init__(self, move: Callable[[], RefitUpdateInfo]) -> None:
+        super().__init__(name="refit-arrival", daemon=True)
+        self._move = move
+        self._error: Exception | None = None
+        self._update: RefitUpdateInfo | None = None
+        self.start()
+
+    def run(self) -> None:
+        try:
+            self._update = self._move()
+        except Exception as error:
+            self._error = error
+
+    def result(self) -> RefitUpdateInfo:
+        self.join()
+        if self._error is not None:
+            raise self._error
+        assert self._update is not None, "a move that raised nothing has an update"
+        return self._update
+
+
 class RefitWeightTransferEngine(WeightTransferEngine[RefitInitInfo, RefitUpdateInfo]):
     """States: serving, staging, broken. A broken worker (a commit failed half way) must not serve."""
 
@@ -96,11 +127,14 @@ class RefitWeightTransferEngine(WeightTransferEngine[RefitInitInfo, RefitUpdateI
     def __init__(self, config: Any, vllm_config: Any, device: torch.device, model: torch.nn.Module) -> None:
         super().__init__(config, vllm_config, device, model)
         self._session: Session | None = None
+        self._trace: LoaderTrace | None = None
         self._staging: Staging | None = None
         self._update: RefitUpdateInfo | None = None
         self._committed: Committed | None = None
         self._version: int | None = None
         self._broken = ""
+        self._arrival: Arrival | None = None
+        self._timeout_s = 0.0
         self._phase, self._reason = "", ""
 
     def init_transfer_engine(self, init_info: RefitInitInfo) -> None:
@@ -117,8 +151,22 @@ class RefitWeightTransferEngine(WeightTransferEngine[RefitInitInfo, RefitUpdateI
 
     def receive_weights(self, update_info: RefitUpdateInfo) -> None:
         """Bulk into the staging, then misc through vLLM's loader, then this rank's report."""
-        if self._staging is not None:
+        if self._staging is None:
+            return
+        if update_info.background:
+            self._arrival = Arrival(lambda: self._move_bulk(update_info))
+        else:
             self._run("stage", lambda: self._receive(update_info))
+
+    def receiving(self) -> bool:
+        """Whether bulk is still arriving in the background."""
+        return self._arrival is not None and self._arrival.is_alive()
+
+    def load_rest(self) -> None:
+        """The rest of a `receive_weights` in the background: misc, and the report. Raises nothing."""
+        arrival, self._arrival = self._arrival, None
+        if arrival is not None and self._staging is not None:
+            self._run("stage", lambda: self._load_rest(arrival.result()))
 
     def finish_weight_update(self) -> None:
         """Commit or discard, as the coordinator decided. Without a received version: discard."""
@@ -166,9 +214,17 @@ class RefitWeightTransferEngine(WeightTransferEngine[RefitInitInfo, RefitUpdateI
         self._staging = Staging.begin(self.model, session.trace)
 
     def _receive(self, update: RefitUpdateInfo) -> None:
+        self._load_rest(self._move_bulk(update))
+
+    def _move_bulk(self, update: RefitUpdateInfo) -> RefitUpdateInfo:
         endpoint, staging = self._require_session().endpoint, self._require_staging()
         endpoint.begin(update.version, update.attempt)
-        endpoint.move_bulk(staging.params())
+        with torch.no_grad():
+            endpoint.move_bulk(staging.params())
+        return update
+
+    def _load_rest(self, update: RefitUpdateInfo) -> None:
+        endpoint, staging = self._require_session().endpoint, self._require_staging()
         if endpoint.misc_names:
             with endpoint.phase("load misc"):
                 staging.load_misc(endpoint.receive_misc())
@@ -182,7 +238,7 @@ class RefitWeightTransferEngine(WeightTransferEngine[RefitInitInfo, RefitUpdateI
             _log.warning("%s discards version %d: %s", session.who, update.version, reason)
             self._drop_staging()
             return
-        loaded = observe_staging(self.model, staging)
+        loaded, staged_bytes, started_s = observe_staging(self.model, staging), staging.num_bytes, time.time()
         try:
             report = staging.commit(self.model_config)
         except Exception as error:
@@ -191,22 +247,26 @@ class RefitWeightTransferEngine(WeightTransferEngine[RefitInitInfo, RefitUpdateI
         self._committed = observe_commit(self.model, loaded)
         self._version = update.version
         self._staging = self._update = None
+        finished = FinishReport(update.version, started_s, report.seconds, staged_bytes)
+        session.control.put(finished_key(update.attempt, session.gen_rank), finished.message())
         _log.info("%s serves version %d: %s", session.who, self._version, report)
 
     def _prepare(self, info: RefitInitInfo) -> None:
         self.shutdown()
+        self._timeout_s = info.timeout_s
         host, _, port = info.store.rpartition(":")
         control = ControlStore.join(host, int(port), info.run_id, info.timeout_s)
         gen_rank = info.first_gen_rank + get_world_group().rank_in_group
         try:
-            trace = trace_loader(self.model, read_hf_shapes(self.model_config.model))
-            manifest = trace.manifest(
+            if self._trace is None:
+                self._trace = trace_loader(self.model, read_hf_shapes(self.model_config.model))
+            manifest = self._trace.manifest(
                 gen_rank=gen_rank, stage=get_pp_group().rank_in_group, replica=info.replica
             )
             endpoint = Endpoint.prepare(control, manifest, info.timeout_s, self.device)
         except Exception as error:
             raise _tell(control, "prepare", f"gen {gen_rank}", error) from error
-        self._session = Session(control, endpoint, trace, gen_rank)
+        self._session = Session(control, endpoint, self._trace, gen_rank)
 
     def _audit(self, audit_id: str) -> None:
         session = self._require_session()
@@ -231,6 +291,9 @@ class RefitWeightTransferEngine(WeightTransferEngine[RefitInitInfo, RefitUpdateI
         return self._staging
 
     def _drop_staging(self) -> None:
+        arrival, self._arrival = self._arrival, None
+        if arrival is not None:
+            arrival.join(self._timeout_s)  # what it writes to must not be given back before
         if self._staging is not None and self._staging.state == "open":
             self._staging.discard()
         self._staging = self._update = None

@@ -10,17 +10,21 @@ import contextlib
 import json
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from refit.gen_side.bounds import children, deadline, end_processes
+from refit.gen_side.requests import Requests, Sample
 from refit.plan.errors import ConfigError
 from refit.transfer.errors import Failure, RefitFailed, TransportError
 from refit.transfer.protocol import decision_key
 from refit.transfer.rendezvous import ControlStore
 
 CLOSE_S = 20.0
+POLL_S = 0.005
 ENVIRONMENT = {
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -51,27 +55,23 @@ class GenParallel:
 
 @dataclass(frozen=True, slots=True)
 class GenOptions:
-    """What an engine is built with. `call_timeout_s` bounds generation; refits carry their own time-out."""
+    """What an engine is built with. `call_timeout_s` bounds generation; refits carry their own time-out.
+
+    `pause` and `kv_cache` say what a commit does to requests under way; see `refit.gen_side.requests`.
+    """
 
     dtype: str = "bfloat16"
     seed: int = 0
     max_model_len: int = 256
     max_num_seqs: int = 64
     kv_cache_bytes: int = 64 << 20
+    kv_cache_dtype: str = "auto"
     gpu_memory_utilization: float = 0.9
     enforce_eager: bool = True
     prefix_caching: bool = False
+    pause: str = "wait"
+    kv_cache: str = "clear"
     call_timeout_s: float = 600.0
-
-
-@dataclass(frozen=True, slots=True)
-class Sample:
-    """One answer. `logprobs` are of the sampled tokens, raw: before any temperature. The end token is included."""
-
-    prompt_index: int
-    tokens: tuple[int, ...]
-    logprobs: tuple[float, ...]
-    weight_version: int
 
 
 class Generator:
@@ -81,13 +81,17 @@ class Generator:
         self, llm: Any, options: GenOptions, stop_tokens: tuple[int, ...], children: set[Any]
     ) -> None:
         self._llm = llm
+        self._requests = Requests(llm, self.weight_version)
         self._options = options
+        self.pause_s = 0.0
+        self._updating = False
         self._stop_tokens = stop_tokens
         self._children = children
         self._control: ControlStore | None = None
         self._timeout_s = options.call_timeout_s
         self._staged: tuple[int, int] | None = None
         self._failure = ""
+        self._committed: int | None = None
 
     @classmethod
     def build(
@@ -100,16 +104,16 @@ class Generator:
         stop_tokens = _stop_tokens(Path(model_dir))
         for name, value in ENVIRONMENT.items():
             os.environ.setdefault(name, value)
-        before = _children()
+        before = children()
         try:
-            with _deadline("building the engine", timeout_s, lambda: _children() - before):
+            with deadline("building the engine", timeout_s, lambda: children() - before):
                 llm = _build_llm(str(model_dir), parallel, options)
-                generator = cls(llm, options, stop_tokens, _children() - before)
+                generator = cls(llm, options, stop_tokens, children() - before)
                 if parallel.pipeline > 1:
                     llm.collective_rpc("refit_prepare_pipeline", timeout=timeout_s)
                 llm.update_weight_version("0")
         except BaseException:
-            _end_processes(_children() - before)
+            end_processes(children() - before)
             raise
         return generator
 
@@ -121,8 +125,12 @@ class Generator:
         temperature: float,
         seed: int,
     ) -> list[Sample]:
-        """`num_samples` answers to each prompt of token ids, in prompt order. Equal seeds give equal answers."""
+        """`num_samples` answers to each prompt of token ids, in prompt order. Equal seeds give equal answers.
+
+        May run in a thread of its own beside a refit.
+        """
         from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
 
         self._require_whole()
         sampling = [
@@ -133,19 +141,14 @@ class Generator:
                 seed=None if temperature == 0 else seed + 1_000_003 * index,
                 logprobs=0,
                 detokenize=False,
+                output_kind=RequestOutputKind.DELTA,
                 stop_token_ids=list(self._stop_tokens),
             )
             for index in range(len(prompts))
         ]
         inputs = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
         with self._bounded("generate", self._options.call_timeout_s):
-            version = self.weight_version()
-            outputs = self._llm.generate(inputs, sampling, use_tqdm=False)
-        return [
-            Sample(index, tuple(answer.token_ids), _logprobs(answer), version)
-            for index, output in enumerate(outputs)
-            for answer in output.outputs
-        ]
+            return self._requests.answer(inputs, sampling, self._options.call_timeout_s)
 
     def prepare_refit(self, init_info: dict[str, Any]) -> None:
         """Let every worker describe itself and join the plan. `init_info` as in engine.RefitInitInfo."""
@@ -157,22 +160,29 @@ class Generator:
         from refit.gen_side.engine import RefitInitInfo
 
         RefitInitInfo(**init_info)
-        with self._bounded("prepare", self._timeout_s):
+        with self._bounded("prepare", self._timeout_s), self._requests.between_steps():
             self._llm.init_weight_transfer_engine({"init_info": dict(init_info)})
+            if self._updating:
+                self._end_update(
+                    None
+                )  # a round that failed before its end; prepare has dropped what was staged
             self._settle("prepare")
 
     def stage(self, version: int, attempt: int) -> None:
-        """Receive `version` beside the weights that serve. Raises the first failure of the round."""
+        """Receive `version` beside the weights that serve. Raises the first failure of the round.
+
+        Requests under way go on: the bulk arrives in a thread of each worker.
+        """
         self._require_whole()
         self._staged = None
         with self._bounded("stage", self._timeout_s):
-            self._llm.start_weight_update()
-            self._llm.update_weights({"update_info": {"version": version, "attempt": attempt}})
-            try:
-                self._settle("stage")
-            except RefitFailed:
-                self._llm.finish_weight_update()  # no worker commits; the session of the update ends
-                raise
+            self._receive({"version": version, "attempt": attempt, "background": self._requests.busy})
+            with self._requests.between_steps():
+                try:
+                    self._settle("stage")
+                except RefitFailed:
+                    self._end_update(None)  # no worker commits
+                    raise
         self._staged = (version, attempt)
 
     def finish(self, version: int, attempt: int) -> bool:
@@ -187,18 +197,18 @@ class Generator:
         self._staged = None
         with self._bounded("finish", 2 * self._timeout_s):
             commit = self._decision(attempt)
+            turn = self._paused() if commit else self._requests.between_steps()
+            with turn:
+                self._end_update(str(version) if commit else None)
+                # The workers read the decision too; one that this process missed shows as a version it did not expect.
+                self._require_one_version(version if commit else self._committed)
             if commit:
-                self._llm.finish_weight_update(weight_version=str(version))
-            else:
-                self._llm.finish_weight_update()
-            self._require_one_version(version if commit else None)
-            if commit and self._options.prefix_caching:
-                self._llm.reset_prefix_cache()
+                self._committed = version
         return commit
 
     def audit(self, audit_id: str) -> None:
         """Every worker puts audit/<audit_id>/<gen_rank>: digests per tensor and a hash per live parameter."""
-        with self._bounded("audit", self._timeout_s):
+        with self._bounded("audit", self._timeout_s), self._requests.between_steps():
             self._llm.init_weight_transfer_engine({"init_info": {"action": "audit", "audit": audit_id}})
             self._settle("audit")
 
@@ -217,6 +227,15 @@ class Generator:
         """The version that the engine stamps; 0 is what was loaded from disk."""
         return int(self._llm.get_weight_version())
 
+    def condition(self) -> str:
+        """Why this engine must not serve any more, or "". Raises when a worker of it is gone or stuck."""
+        if self._failure:
+            return self._failure
+        with self._bounded("condition", self._timeout_s), self._requests.between_steps():
+            states = self._llm.collective_rpc("refit_status", timeout=self._timeout_s)
+        broken = [f"worker {rank}: {s['reason']}" for rank, s in enumerate(states) if s["state"] == "broken"]
+        return "; ".join(broken)
+
     def close(self) -> None:
         """Stop the engine and every process it started. Safe to call twice, and after a failure."""
         llm, self._llm = self._llm, None
@@ -225,14 +244,40 @@ class Generator:
             self._control = None
         if llm is not None:
             _shut_down(llm)
-        _end_processes(self._children)
+        end_processes(self._children)
+
+    def _receive(self, update_info: dict[str, Any]) -> None:
+        llm, requests = self._llm, self._requests
+        with requests.between_steps():
+            llm.start_weight_update()
+            self._updating = True
+            llm.update_weights({"update_info": update_info})
+        while update_info["background"]:
+            with requests.between_steps():
+                if not any(llm.collective_rpc("refit_receiving", timeout=self._timeout_s)):
+                    llm.collective_rpc("refit_load_rest", timeout=self._timeout_s)
+                    return
+            time.sleep(POLL_S)
+
+    def _end_update(self, version: str | None) -> None:
+        """End vLLM's session of an update; the workers commit or discard as was decided."""
+        self._updating = False
+        self._llm.finish_weight_update(weight_version=version)
+
+    @contextlib.contextmanager
+    def _paused(self) -> Iterator[None]:
+        """The pause of a commit, by the policy of this engine; `pause_s` is how long no token was sampled."""
+        with self._requests.paused(self._options.pause, self._options.kv_cache, self._timeout_s):
+            began = time.monotonic()
+            yield
+            self.pause_s = time.monotonic() - began
 
     def _decision(self, attempt: int) -> bool:
-        """The coordinator's decision; no decision in time, or a failure, means discard."""
+        """The coordinator's decision, which a later failure does not undo; none in time, or a failure: discard."""
         if self._control is None:
             raise TransportError("this engine is not prepared for refits: call prepare_refit first")
         try:
-            decision = self._control.get(decision_key(attempt), self._timeout_s)
+            decision = self._control.get_final(decision_key(attempt), self._timeout_s)
         except RuntimeError:
             return False
         return bool(decision["commit"])
@@ -248,13 +293,13 @@ class Generator:
         return states
 
     def _require_one_version(self, version: int | None) -> None:
-        """All workers serve one version, and it is `version` if that is given; else this engine is broken."""
+        """All workers serve `version`, None before the first commit; else this engine is broken."""
         try:
             found = {state["version"] for state in self._settle("finish")}
         except RefitFailed as error:
             self._failure = str(error)
             raise
-        if len(found) != 1 or (version is not None and found != {version}):
+        if found != {version}:
             self._failure = f"its workers serve versions {sorted(map(str, found))}, {version} was decided"
             raise TransportError(f"{self._failure}; restart this engine")
 
@@ -265,7 +310,7 @@ class Generator:
     @contextlib.contextmanager
     def _bounded(self, what: str, timeout_s: float) -> Iterator[None]:
         """Waits inside end by themselves in time; should a worker be stopped or stuck, it is ended a bit later."""
-        with _deadline(what, timeout_s + CLOSE_S, lambda: self._children):
+        with deadline(what, timeout_s + CLOSE_S, lambda: self._children):
             yield
 
 
@@ -284,6 +329,7 @@ def _build_llm(model_dir: str, parallel: GenParallel, options: GenOptions) -> An
         max_model_len=options.max_model_len,
         max_num_seqs=options.max_num_seqs,
         kv_cache_memory_bytes=options.kv_cache_bytes,
+        kv_cache_dtype=options.kv_cache_dtype,
         gpu_memory_utilization=options.gpu_memory_utilization,
         enforce_eager=options.enforce_eager,
         enable_prefix_caching=options.prefix_caching,
@@ -316,56 +362,3 @@ def _stop_tokens(model_dir: Path) -> tuple[int, ...]:
     if end is None:
         return ()
     return tuple(end) if isinstance(end, list) else (int(end),)
-
-
-def _logprobs(answer: Any) -> tuple[float, ...]:
-    return tuple(
-        float(entry[token].logprob) for token, entry in zip(answer.token_ids, answer.logprobs, strict=True)
-    )
-
-
-def _children() -> set[Any]:
-    """All processes below this one, as psutil knows them: a process id that is used again is another one."""
-    import psutil
-
-    return set(psutil.Process().children(recursive=True))
-
-
-@contextlib.contextmanager
-def _deadline(what: str, timeout_s: float, processes: Callable[[], set[Any]]) -> Iterator[None]:
-    """End the engine's processes after `timeout_s`, which frees a call that waits for one of them."""
-    expired = threading.Event()
-
-    def expire() -> None:
-        expired.set()
-        _end_processes(processes(), grace_s=0.0)
-
-    timer = threading.Timer(timeout_s, expire)
-    timer.daemon = True
-    timer.start()
-    try:
-        yield
-    except BaseException as error:
-        if expired.is_set():
-            raise TransportError(
-                f"{what} took longer than {timeout_s:.0f} s; the engine was ended"
-            ) from error
-        raise
-    finally:
-        timer.cancel()
-
-
-def _end_processes(processes: set[Any], grace_s: float = 2.0) -> None:
-    """End exactly these processes: politely, then at once after `grace_s`."""
-    import psutil
-
-    left = list(processes)
-    if grace_s:
-        for process in left:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.terminate()
-        _, left = psutil.wait_procs(left, timeout=grace_s)
-    for process in left:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process.kill()
-    psutil.wait_procs(left, timeout=5.0)

@@ -108,6 +108,18 @@ def _forget_cpu_moe_kernel(module: torch.nn.Module) -> None:
         method.moe_kernel = None
 
 
+def detached_views(model: torch.nn.Module) -> Iterator[tuple[torch.Tensor, str]]:
+    """Live buffers that were made as views of a parameter whose memory processing has moved away since: (view, param).
+
+    Kernels read such a view (Mamba's convolution on a CPU that packs bf16), and vLLM's reload does not write to it.
+    """
+    names = {id(param): name for name, param in model.named_parameters()}
+    for buffer in model.buffers():
+        name = names.get(id(buffer._base))
+        if name is not None and buffer.untyped_storage()._cdata != buffer._base.untyped_storage()._cdata:
+            yield buffer, name
+
+
 def place_live(module: torch.nn.Module) -> None:
     """Give one open module its kernel tensors back and close it."""
     reload = layer_reload(module)

@@ -6,10 +6,18 @@ BACKEND = "refit"
 
 
 def register() -> None:
-    """Make `WeightTransferConfig(backend="refit")` known. Calling it again changes nothing."""
+    """Make `WeightTransferConfig(backend="refit")` known, on a CPU also quantized checkpoints.
+
+    Calling it again changes nothing.
+    """
     from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+    from vllm.platforms import current_platform
 
     if BACKEND not in WeightTransferEngineFactory._registry:
         WeightTransferEngineFactory.register_engine(
             BACKEND, "refit.gen_side.engine", "RefitWeightTransferEngine"
         )
+        if current_platform.is_cpu():
+            from refit.gen_side import cpu_quantized
+
+            cpu_quantized.register()

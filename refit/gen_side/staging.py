@@ -22,6 +22,7 @@ from vllm.model_executor.model_loader.mtp_validation import disable_mtp_complete
 
 from refit.gen_side.layout import (
     Slot,
+    detached_views,
     finalize,
     is_deferred,
     layer_reload,
@@ -108,6 +109,7 @@ class Staging:
         addresses = _addresses(self.model)
         self.state = "failed"
         try:
+            self._write_detached_views()
             with torch.no_grad(), loader_layout(self.model):
                 processed, attention = self._process(model_config)
             _check_live(self.model, addresses)
@@ -145,6 +147,12 @@ class Staging:
             missing = sorted(set(self.modules) - set(processed))
             raise CommitFailed(f"staged modules were not processed: {missing}")
         return tuple(processed), tuple(attention)
+
+    def _write_detached_views(self) -> None:
+        for view, param in detached_views(self.model):
+            if param in self.tensors:
+                staged = plain(self.tensors[param])
+                plain(view).copy_(staged.as_strided(view.size(), view.stride(), view.storage_offset()))
 
     def _place(self) -> None:
         """Put the staging into the modules, which hold the loader's layout on meta tensors."""

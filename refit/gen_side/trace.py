@@ -7,11 +7,9 @@ makes that tensor misc, with the reason.
 
 from __future__ import annotations
 
-import gc
 import logging
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -22,6 +20,7 @@ from refit.gen_side.hf_index import HfShapes
 from refit.gen_side.layout import Slot, loader_layout
 from refit.gen_side.recorder import Computed, Copied, Filled, Recorder, Write
 from refit.gen_side.views import NotABox, View, boxes, contiguous_strides
+from refit.plan.collector import collector_paused
 from refit.plan.manifest import Holding, MiscReason, ParamSpec, RankManifest, TensorSpec, coalesce_holdings
 from refit.plan.naming import canonical
 from refit.plan.region import Region, first_overlap, uncovered
@@ -71,25 +70,14 @@ def trace_loader(model: torch.nn.Module, hf_shapes: HfShapes) -> LoaderTrace:
 
     Raises TraceError when `load_weights` cannot run on meta tensors at all.
     """
-    with _no_collections(), loader_layout(model) as slots:
+    # Tracing 45,000 experts makes a million small objects; collections would walk the whole model each time.
+    with collector_paused(), loader_layout(model) as slots:
         aliases = dict(_aliases(slots))
         kept = [slot for slot in slots if slot.param not in aliases]
         recorder, refused, reported = _run(model, slots, hf_shapes)
         writes = [w for w in recorder.writes if w.param not in aliases]
         values = recorder.read_values
         return _Compiler(kept, hf_shapes, writes, values, refused, reported, aliases).compile()
-
-
-@contextmanager
-def _no_collections() -> Iterator[None]:
-    """Tracing 45,000 experts makes a million small objects; collections would walk the whole model each time."""
-    was_on = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_on:
-            gc.enable()
 
 
 def _aliases(slots: Sequence[Slot]) -> Iterator[tuple[str, str]]:

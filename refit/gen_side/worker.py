@@ -14,6 +14,14 @@ class RefitWorker:
         """{"state": "serving" | "staging" | "failed", "version": int | None, "reason": str} of this worker."""
         return self.weight_transfer_engine.status()
 
+    def refit_receiving(self) -> bool:
+        """Whether bulk is still arriving in the background of this worker."""
+        return self.weight_transfer_engine.receiving()
+
+    def refit_load_rest(self) -> None:
+        """End a receive in the background: misc, and the report."""
+        self.weight_transfer_engine.load_rest()
+
     def refit_prepare_pipeline(self) -> None:
         """The one workaround for PP > 1 on the CPU: vLLM makes this buffer in a dummy run that eager mode skips.
 

@@ -15,7 +15,7 @@ from refit.plan.match import Matcher
 from refit.plan.naming import canonical, hf_name, hf_names
 from refit.plan.options import DEFAULT_WHITELIST, PlanOptions
 from refit.plan.placement import Mesh, Replicate, Shard, mesh_manifest, placed
-from refit.plan.plan import Plan, Route, build_plan
+from refit.plan.plan import Plan, Route, build_plan, replan
 from refit.plan.rank_plan import Bucket, RankPlan, Round, Segment, StagePlan
 from refit.plan.region import Region
 from refit.plan.wire import decode_manifest, decode_rank_manifest, encode_manifest, encode_rank_manifest
@@ -57,4 +57,5 @@ __all__ = [
     "hf_names",
     "mesh_manifest",
     "placed",
+    "replan",
 ]

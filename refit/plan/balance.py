@@ -5,39 +5,63 @@ Integers only: every rank must come to the same numbers.
 """
 
 from collections.abc import Mapping, Sequence
+from math import gcd, lcm
 
 MAX_SWEEPS = 40
 
 
+def nic_weights(num_ranks: int, ranks_per_node: int, nics_per_node: int) -> dict[int, int]:
+    """Rate of each rank where the ranks of a node share its NICs evenly, as the smallest integers.
+
+    Only a last node with fewer ranks makes a difference, if ranks share NICs at all.
+    """
+    sizes = [
+        min(ranks_per_node, num_ranks - rank // ranks_per_node * ranks_per_node) for rank in range(num_ranks)
+    ]
+    unit = lcm(*sizes)
+    weights = [min(size, nics_per_node) * unit // size for size in sizes]
+    divisor = gcd(*weights)
+    return {rank: weight // divisor for rank, weight in enumerate(weights)}
+
+
 def share_out(
-    demands: Mapping[tuple[int, ...], int], loads: Mapping[int, int] | None = None
+    demands: Mapping[tuple[int, ...], int], weights: Mapping[int, int] | None = None
 ) -> dict[tuple[int, ...], tuple[int, ...]]:
     """Split each demand over its holders. `demands[holders]` bytes may come from any rank of `holders`.
 
-    `loads` are bytes that ranks send anyway. Result: bytes per holder, in the order of `holders`, adding up
-    to the demand. Each sweep re-levels one holder set after the other against the load of all others; this
-    is coordinate descent on the sum of squared loads, whose minimum also has the least maximum. One sweep is
-    exact where any two holder sets are disjoint or nested (smaller sets first); otherwise sweeps go on until
-    none moves a byte.
+    `weights` are rates of the ranks (None: all equal); a load counts as bytes / rate. Result: bytes per holder, in
+    the order of `holders`, adding up to the demand. Each sweep re-levels one holder set after the other against the
+    load of all others; this is coordinate descent on the sum of load^2 / rate, whose minimum also has the least
+    maximum of load / rate. One sweep is exact where any two holder sets are disjoint or nested (smaller sets first);
+    otherwise sweeps go on until none moves a byte.
     """
-    total = dict(loads or {})
+    total: dict[int, int] = {}
     order = sorted(demands, key=lambda holders: (len(holders), holders))
     shares: dict[tuple[int, ...], list[int]] = {holders: [0] * len(holders) for holders in order}
     open_sets = [holders for holders in order if len(holders) > 1]
     for holders in order:
-        _level(holders, demands[holders], shares[holders], total)
+        _level(holders, demands[holders], shares[holders], total, weights)
     for _ in range(MAX_SWEEPS if len(open_sets) > 1 else 0):
-        moved = sum(_level(holders, demands[holders], shares[holders], total) for holders in open_sets)
+        moved = sum(
+            _level(holders, demands[holders], shares[holders], total, weights) for holders in open_sets
+        )
         if moved == 0:
             break
     return {holders: tuple(share) for holders, share in shares.items()}
 
 
-def _level(holders: Sequence[int], demand: int, share: list[int], total: dict[int, int]) -> int:
+def _level(
+    holders: Sequence[int],
+    demand: int,
+    share: list[int],
+    total: dict[int, int],
+    weights: Mapping[int, int] | None,
+) -> int:
     """Water-fill one demand over its holders given all other loads. Returns the bytes that moved, less
     rounding."""
     others = [total.get(holder, 0) - old for holder, old in zip(holders, share, strict=True)]
-    fresh = fill(others, demand)
+    rates = [1] * len(holders) if weights is None else [weights[holder] for holder in holders]
+    fresh = fill(others, demand, rates)
     moved = sum(abs(new - old) for new, old in zip(fresh, share, strict=True))
     for position, holder in enumerate(holders):
         total[holder] = others[position] + fresh[position]
@@ -45,20 +69,23 @@ def _level(holders: Sequence[int], demand: int, share: list[int], total: dict[in
     return moved if moved > 2 * len(holders) else 0
 
 
-def fill(loads: Sequence[int], amount: int) -> list[int]:
-    """Pour `amount` onto `loads` so that the highest level is least. Returns what each got; the sum is
+def fill(loads: Sequence[int], amount: int, rates: Sequence[int]) -> list[int]:
+    """Pour `amount` onto `loads` so that the highest level, load / rate, is least. Returns what each got; the sum is
     `amount`."""
-    order = sorted(range(len(loads)), key=lambda i: (loads[i], i))
-    below, count = 0, 0
+    unit = lcm(*rates)
+    levels = [load * (unit // rate) for load, rate in zip(loads, rates, strict=True)]
+    order = sorted(range(len(loads)), key=lambda i: (levels[i], i))
+    below, width, count = 0, 0, 0
     for position, index in enumerate(order):
-        if position and loads[index] * position - below >= amount:
+        if position and levels[index] * width >= (below + amount) * unit:
             break
-        below += loads[index]
-        count = position + 1
-    level, rest = divmod(amount + below, count)
+        below, width, count = below + loads[index], width + rates[index], position + 1
     got = [0] * len(loads)
-    for position, index in enumerate(order[:count]):
-        got[index] = level - loads[index] + (1 if position < rest else 0)
+    poured, before = amount + below, 0
+    for index in order[:count]:
+        after = before + rates[index]
+        got[index] = poured * after // width - poured * before // width - loads[index]
+        before = after
     return got
 
 

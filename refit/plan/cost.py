@@ -8,7 +8,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 
 from refit.plan.errors import ConfigError
+from refit.plan.options import PlanOptions
 from refit.plan.plan import Plan
+from refit.plan.schedule import StageTotals
 
 MAX_LEVELS = 64
 
@@ -110,23 +112,49 @@ class Cost:
 
 def cost_of(plan: Plan, topology: Topology, num_streams: int | None = None) -> Cost:
     """Cost of the bulk part. `num_streams` limits the stages in flight at once (None: all)."""
-    sent, received = [0] * plan.num_train, [0] * plan.num_gen
-    for totals in plan.totals:
-        for rank, num_bytes in totals.sent.items():
-            sent[rank] += num_bytes
-        for rank, num_bytes in totals.received.items():
-            received[rank] += num_bytes
-    links = [*_links("train", "out of", sent, topology), *_links("gen", "into", received, topology)]
-    busiest = max(links, key=lambda link: link.seconds)
-    bound_s, bound_link = _bound(plan, sent, received, topology)
+    sent, received = loads(plan.totals, plan.num_train, plan.num_gen)
+    demands: dict[tuple[int, ...], int] = {}
+    for flow in plan.flows:
+        num_bytes = flow.bytes_per_receiver * len(flow.receivers)
+        demands[flow.holders] = demands.get(flow.holders, 0) + num_bytes
+    into = max(_links("gen", "into", received, topology), key=lambda link: link.seconds)
+    bound_s, bound_link = lower_bound(sent, demands, into, topology)
     return Cost(
-        tuple(sent),
-        tuple(received),
-        busiest,
+        sent,
+        received,
+        busiest_link(sent, received, topology),
         bound_s,
         bound_link,
-        _predicted(plan, topology, num_streams),
+        predicted_s(plan.totals, plan.options, topology, num_streams),
     )
+
+
+def loads(
+    totals: Iterable[StageTotals], num_train: int, num_gen: int
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Bytes that each train rank sends and each gen rank receives, over all stages."""
+    sent, received = [0] * num_train, [0] * num_gen
+    for stage in totals:
+        for rank, num_bytes in stage.sent.items():
+            sent[rank] += num_bytes
+        for rank, num_bytes in stage.received.items():
+            received[rank] += num_bytes
+    return tuple(sent), tuple(received)
+
+
+def max_over_mean_in_stage(totals: Iterable[StageTotals]) -> float:
+    """Most over mean of the bytes that the ranks of one stage send, in the least even stage.
+
+    Between stages nothing can be evened out: nobody else has a stage's layers.
+    """
+    stages = [[one.sent.get(rank, 0) for rank in one.train_ranks] for one in totals]
+    return max((max(sent) * len(sent) / sum(sent) for sent in stages if any(sent)), default=1.0)
+
+
+def busiest_link(sent: Sequence[int], received: Sequence[int], topology: Topology) -> Link:
+    """The slowest NIC direction of all ranks and nodes."""
+    links = [*_links("train", "out of", sent, topology), *_links("gen", "into", received, topology)]
+    return max(links, key=lambda link: link.seconds)
 
 
 def _links(side: str, direction: str, loads: Sequence[int], topology: Topology) -> Iterable[Link]:
@@ -139,37 +167,48 @@ def _links(side: str, direction: str, loads: Sequence[int], topology: Topology) 
         yield Link(name, num_bytes, num_bytes / topology.node_bytes_per_s)
 
 
-def _bound(plan: Plan, sent: Sequence[int], received: Sequence[int], topology: Topology) -> tuple[float, str]:
-    """Largest unavoidable link time.
+def lower_bound(
+    sent: Sequence[int], demands: Mapping[tuple[int, ...], int], into: Link, topology: Topology
+) -> tuple[float, str]:
+    """Largest unavoidable link time, and where. `demands[H]`: bytes that only the trainers of H can send.
 
-    Into a generator (rank or node): the bytes it wants. Out of the trainers: for any set S of ranks, the bytes
-    that only ranks of S hold must leave S; its network is the sum of its nodes', at most one NIC per rank.
-    S runs over the sets of ranks that send at least as much as some level, where a balanced plan is tight.
+    Into a generator rank or node: `into`. Out of the trainers: for any set S of ranks, the bytes that only ranks of
+    S hold must leave S; its network is the sum of its nodes', at most one NIC per rank. S runs over the sets of ranks
+    (and of whole nodes) that are as busy as some level, where a balanced plan is tight.
     """
-    into = max(_links("gen", "into", received, topology), key=lambda link: link.seconds)
     best, name = into.seconds, into.name
-    demands: dict[tuple[int, ...], int] = {}
-    for flow in plan.flows:
-        num_bytes = flow.bytes_per_receiver * len(flow.receivers)
-        demands[flow.holders] = demands.get(flow.holders, 0) + num_bytes
-    for chosen in _candidate_sets(sent, demands):
+    for chosen in _candidate_sets(sent, demands, topology):
         unavoidable = sum(num_bytes for holders, num_bytes in demands.items() if chosen.issuperset(holders))
-        seconds = unavoidable / _capacity(chosen, topology)
+        seconds = unavoidable / capacity(chosen, topology)
         if seconds > best:
             best, name = seconds, f"out of {len(chosen)} train ranks that alone hold {unavoidable} bytes"
     return best, name
 
 
-def _candidate_sets(sent: Sequence[int], demands: Mapping[tuple[int, ...], int]) -> Iterable[frozenset[int]]:
-    levels = sorted({num_bytes for num_bytes in sent if num_bytes}, reverse=True)
-    step = max(1, len(levels) // MAX_LEVELS)
-    for level in [*levels[::step], *levels[-1:]]:
+def _candidate_sets(
+    sent: Sequence[int], demands: Mapping[tuple[int, ...], int], topology: Topology
+) -> Iterable[frozenset[int]]:
+    for level in _levels(sent):
         yield frozenset(rank for rank, num_bytes in enumerate(sent) if num_bytes >= level)
+    per_node = topology.ranks_per_node
+    nodes = [range(first, min(first + per_node, len(sent))) for first in range(0, len(sent), per_node)]
+    busy_s = [sum(sent[rank] for rank in node) / capacity(node, topology) for node in nodes]
+    for level in _levels(busy_s):
+        busy = (node for node, seconds in zip(nodes, busy_s, strict=True) if seconds >= level)
+        yield frozenset(rank for node in busy for rank in node)
     heaviest = sorted(demands, key=lambda holders: (-demands[holders] / len(holders), holders))
     yield from (frozenset(holders) for holders in heaviest[:MAX_LEVELS])
 
 
-def _capacity(ranks: Iterable[int], topology: Topology) -> float:
+def _levels(values: Iterable[float]) -> Sequence[float]:
+    """Distinct values above 0, largest first, thinned out to about MAX_LEVELS."""
+    levels = sorted({value for value in values if value}, reverse=True)
+    step = max(1, len(levels) // MAX_LEVELS)
+    return [*levels[::step], *levels[-1:]]
+
+
+def capacity(ranks: Iterable[int], topology: Topology) -> float:
+    """Bytes per second in one direction of the NICs that these ranks of one side can use together."""
     per_node: dict[int, int] = {}
     for rank in ranks:
         node = rank // topology.ranks_per_node
@@ -179,29 +218,31 @@ def _capacity(ranks: Iterable[int], topology: Topology) -> float:
     )
 
 
-def _predicted(plan: Plan, topology: Topology, num_streams: int | None) -> float:
+def predicted_s(
+    totals: Iterable[StageTotals], options: PlanOptions, topology: Topology, num_streams: int | None
+) -> float:
     """Seconds of the bulk transfer: stages in groups of `num_streams`, each group as slow as its slowest link.
 
     A link's time is bytes / rate + rounds * latency + operations * op cost; rounds are bytes / bucket.
     """
-    stages = sorted(plan.totals, key=lambda totals: totals.stage)
+    stages = sorted(totals, key=lambda stage: stage.stage)
     width = len(stages) if num_streams is None else max(1, num_streams)
     seconds = 0.0
     for first in range(0, len(stages), width):
         group = stages[first : first + width]
         slowest = 0.0
         received: dict[int, int] = {}
-        for totals in group:
-            slowest = max(slowest, _slowest_s(totals.sent, totals.num_gen, plan, topology))
-            for rank, num_bytes in totals.received.items():
+        for stage in group:
+            slowest = max(slowest, _slowest_s(stage.sent, stage.num_gen, options, topology))
+            for rank, num_bytes in stage.received.items():
                 received[rank] = received.get(rank, 0) + num_bytes
-        num_trainers = sum(len(totals.train_ranks) for totals in group)
-        slowest = max(slowest, _slowest_s(received, num_trainers, plan, topology))
+        num_trainers = sum(len(stage.train_ranks) for stage in group)
+        slowest = max(slowest, _slowest_s(received, num_trainers, options, topology))
         seconds += slowest
     return seconds
 
 
-def _slowest_s(loads: Mapping[int, int], num_peers: int, plan: Plan, topology: Topology) -> float:
+def _slowest_s(loads: Mapping[int, int], num_peers: int, options: PlanOptions, topology: Topology) -> float:
     if not loads:
         return 0.0
     heaviest = max(loads.values())
@@ -210,6 +251,6 @@ def _slowest_s(loads: Mapping[int, int], num_peers: int, plan: Plan, topology: T
         node = rank // topology.ranks_per_node
         node_loads[node] = node_loads.get(node, 0) + num_bytes
     wire_s = max(heaviest / topology.rank_bytes_per_s, max(node_loads.values()) / topology.node_bytes_per_s)
-    num_rounds = -(-heaviest // plan.options.bucket_bytes)
-    ops = num_rounds * min(num_peers, plan.options.peers_per_round)
+    num_rounds = -(-heaviest // options.bucket_bytes)
+    ops = num_rounds * min(num_peers, options.peers_per_round)
     return wire_s + num_rounds * topology.latency_s + ops * topology.op_s

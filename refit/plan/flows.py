@@ -9,9 +9,10 @@ from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from refit.plan.balance import cut_points, share_out
+from refit.plan.balance import cut_points, nic_weights, share_out
 from refit.plan.classify import BULK, Classification, Matched
 from refit.plan.dtypes import item_bytes
+from refit.plan.options import PlanOptions
 from refit.plan.region import Region
 from refit.plan.sides import Side
 
@@ -112,14 +113,18 @@ class _Draft:
         return self.region.num_elements * item_bytes(self.wire_dtype) * copies
 
 
-def build_flows(classes: Classification, train: Side, gen: Side) -> tuple[Flow, ...]:
+def build_flows(classes: Classification, train: Side, gen: Side, options: PlanOptions) -> tuple[Flow, ...]:
     """All flows of the bulk tensors, with balanced sources. Deterministic; cost is per distinct layout
     pair."""
     drafts = tuple(_drafts(classes, train, gen))
     demands: dict[tuple[int, ...], int] = {}
     for draft in drafts:
         demands[draft.holders] = demands.get(draft.holders, 0) + draft.num_bytes
-    shares = share_out(demands)
+    weights = None
+    if options.ranks_per_node:
+        num_ranks = len(train.manifest.ranks)
+        weights = nic_weights(num_ranks, options.ranks_per_node, options.nics_per_node)
+    shares = share_out(demands, weights)
     return tuple(_flow(index, draft, shares) for index, draft in enumerate(drafts))
 
 

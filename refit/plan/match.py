@@ -51,6 +51,11 @@ class Matcher:
     indexes: dict[tuple[Region, ...], BoxIndex] = field(default_factory=dict)
     cells: dict[tuple[tuple[Region, ...], Region], tuple[Cell, ...]] = field(default_factory=dict)
 
+    @property
+    def num_matches(self) -> int:
+        """How many wanted boxes were matched so far; a repeated one costs nothing and is not counted."""
+        return len(self.cells)
+
     def match(self, sources: tuple[Region, ...], wanted: Region) -> tuple[Cell, ...]:
         """Disjoint cells of `wanted` with their sources, sorted by region. Parts that no source holds are
         absent."""

@@ -43,17 +43,26 @@ class PlanOptions:
     max_ops_per_round: most sends plus receives of one rank in one round.
     whitelist: full-match patterns on canonical names; empty means that everything is misc (the conventional
     refit).
+    ranks_per_node, nics_per_node: the trainers' nodes, where they are known (0: every rank has a NIC of its own).
     """
 
     bucket_bytes: int = 256 << 20
     max_ops_per_round: int = 512
     whitelist: tuple[str, ...] = DEFAULT_WHITELIST
+    ranks_per_node: int = 0
+    nics_per_node: int = 0
 
     def __post_init__(self) -> None:
         if self.bucket_bytes < MIN_BUCKET_BYTES:
             raise ConfigError(f"bucket_bytes is {self.bucket_bytes}; give at least {MIN_BUCKET_BYTES}")
         if self.max_ops_per_round < 1:
             raise ConfigError(f"max_ops_per_round is {self.max_ops_per_round}; give at least 1")
+        if min(self.ranks_per_node, self.nics_per_node) < 0 or (
+            bool(self.ranks_per_node) != bool(self.nics_per_node)
+        ):
+            raise ConfigError(
+                f"ranks_per_node is {self.ranks_per_node} and nics_per_node {self.nics_per_node}; give both, or neither"
+            )
         if isinstance(self.whitelist, str):
             raise ConfigError(f"whitelist is one string {self.whitelist!r}; give a tuple of patterns")
         for pattern in self.whitelist:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from refit.plan.classify import BULK, MISC, Classified, classify
+from refit.plan.collector import collector_paused
 from refit.plan.errors import PlanError
 from refit.plan.flows import Flow, Stripe, build_flows
 from refit.plan.manifest import Manifest
@@ -18,7 +19,7 @@ from refit.plan.region import Region
 from refit.plan.schedule import Load, Pieces, StageTotals, Stream, stage_plan
 from refit.plan.sides import Side
 
-PLAN_SCHEMA = 1
+PLAN_SCHEMA = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +102,7 @@ class Plan:
         if faults:
             raise PlanError.collected("the plan is not an exact cover", faults)
 
+    @collector_paused()
     def rank_plan(self, rank: int) -> RankPlan:
         """The share of one joint rank. Cost is that share alone. Raises PlanError for a rank outside the
         plan."""
@@ -148,32 +150,49 @@ class Plan:
                 yield flow, stripe
 
 
+@collector_paused()
 def build_plan(
     train: Manifest, gen: Manifest, options: PlanOptions | None = None, matcher: Matcher | None = None
 ) -> Plan:
     """Classify, match, balance, prove. Raises PlanError with all contradictions found.
 
-    `matcher` carries matches over from an earlier plan (`plan.matcher`): a replan then matches only what
-    changed.
+    `matcher` carries matches over from an earlier plan (`plan.matcher`).
     """
-    if train.side != "train" or gen.side != "gen":
-        raise PlanError(f"build_plan wants (train, gen) manifests, got ({train.side}, {gen.side})")
+    _check_sides(train, gen)
     options = PlanOptions() if options is None else options
     matcher = Matcher() if matcher is None else matcher
-    train_side, gen_side = Side.of(train), Side.of(gen)
-    classes = classify(train_side, gen_side, options, matcher)
-    flows = build_flows(classes, train_side, gen_side)
+    return _planned(Side.of(train), Side.of(gen), options, matcher)
+
+
+@collector_paused()
+def replan(plan: Plan, gen: Manifest) -> Plan:
+    """The plan of the same trainers and options for other generators; equal to a fresh one in every value.
+
+    Reused: the index of the trainers, every match of boxes that occurred before. Made anew: balance, proof, digest.
+    """
+    _check_sides(plan.train.manifest, gen)
+    return _planned(plan.train, Side.of(gen), plan.options, plan.matcher)
+
+
+def _check_sides(train: Manifest, gen: Manifest) -> None:
+    if train.side != "train" or gen.side != "gen":
+        raise PlanError(f"a plan wants (train, gen) manifests, got ({train.side}, {gen.side})")
+
+
+def _planned(train: Side, gen: Side, options: PlanOptions, matcher: Matcher) -> Plan:
+    classes = classify(train, gen, options, matcher)
+    flows = build_flows(classes, train, gen, options)
     plan = Plan(
         options=options,
-        train=train_side,
-        gen=gen_side,
+        train=train,
+        gen=gen,
         tensors=classes.tensors,
         flows=flows,
-        totals=_stage_totals(flows, train, len(gen.ranks)),
+        totals=_stage_totals(flows, train.manifest, len(gen.manifest.ranks)),
         flows_of_holders=_by_ranks((flow.holders, flow.index) for flow in flows),
         flows_of_receivers=_by_ranks((flow.receivers, flow.index) for flow in flows),
         matcher=matcher,
-        digest=_digest(options, train_side, gen_side, classes.tensors, flows),
+        digest=_digest(options, train, gen, classes.tensors, flows),
     )
     plan.require_exact_cover()
     return plan
@@ -232,26 +251,7 @@ def _digest(
 ) -> str:
     """sha256 over all that decides what any rank does. Text forms of ints and strings only: no hash order,
     no floats."""
-    state = hashlib.sha256(f"refit plan {PLAN_SCHEMA}\n{options!r}\n".encode())
-    for side in (train, gen):
-        places = [(rank.rank, rank.stage, rank.replica) for rank in side.manifest.ranks]
-        state.update(_text([side.manifest.side, places, side.body_of_rank]))
-        for body in side.bodies:
-            state.update(
-                _text(
-                    [
-                        (
-                            held.tensor,
-                            held.region.starts,
-                            held.region.stops,
-                            held.param,
-                            held.offset,
-                            held.strides,
-                        )
-                        for held in body.holdings
-                    ]
-                )
-            )
+    state = hashlib.sha256(f"refit plan {PLAN_SCHEMA}\n{options!r}\n{train.digest}\n{gen.digest}\n".encode())
     state.update(_text([(one.name, one.shape, one.dtype, one.kind) for one in tensors.values()]))
     state.update(
         _text(

@@ -3,7 +3,7 @@
 It reads the finished flows and the manifests, not the matching that made them, and collects every fault. The
 layers of the argument, each checked once per distinct value:
 
-1. a copy's boxes are a partition of the elements of its holdings (per pattern of regions);
+1. a copy's boxes are a partition of the elements of its holdings (per form of holdings);
 2. all tensors of a flow have the layouts of its first tensor, so what holds for one holds for each;
 3. the flows towards one layout entry partition the entry's box, and every flow belongs to exactly one entry;
 4. the rows of a flow are dealt to its holders without gap or overlap, and each of them holds the flow's box.
@@ -31,18 +31,16 @@ def cover_faults(
 
 
 def _copy_faults(side: Side) -> Iterator[str]:
-    seen: set[tuple[int, int]] = set()
-    for body, table in enumerate(side.copies):
-        for tensor, copies in table.items():
-            for copy in copies:
-                key = (copy.pattern, id(copy.boxes))
-                if key in seen:
-                    fault = None
-                else:
-                    seen.add(key)
-                    fault = _copy_fault(copy.boxes, [holding.region for holding in copy.holdings], side)
-                if fault is not None:
-                    yield f"{side.manifest.side} rank {side.body_ranks[body][0]}, tensor {tensor!r}: {fault}"
+    distinct: dict[int, tuple[int, str]] = {}
+    for body, table in enumerate(side.held):
+        for tensor, (form, _) in table.items():
+            if form.number not in distinct:
+                distinct[form.number] = (body, tensor)
+    for body, tensor in distinct.values():
+        for copy in side.copies(body, tensor):
+            fault = _copy_fault(copy.boxes, [holding.region for holding in copy.holdings], side)
+            if fault is not None:
+                yield f"{side.manifest.side} rank {side.body_ranks[body][0]}, tensor {tensor!r}: {fault}"
 
 
 def _copy_fault(boxes: Sequence[Region], held: Sequence[Region], side: Side) -> str | None:
@@ -61,9 +59,9 @@ def _membership_faults(
     tensors: Mapping[str, Classified], flows: Sequence[Flow], train: Side, gen: Side
 ) -> Iterator[str]:
     group_of: dict[str, tuple[str, ...]] = {}
-    for flow in flows:
-        for name in flow.tensors:
-            if group_of.setdefault(name, flow.tensors) != flow.tensors:
+    for group in {id(flow.tensors): flow.tensors for flow in flows}.values():
+        for name in group:
+            if group_of.setdefault(name, group) != group:
                 yield f"tensor {name!r} belongs to two groups of flows"
     for name, group in group_of.items():
         for side in (train, gen):

@@ -9,7 +9,7 @@ one rank add up to at most bucket_bytes, large pairs advance together, and small
 round.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from refit.plan.dtypes import item_bytes
@@ -31,6 +31,44 @@ class Piece:
     num_bytes: int
     train_holding: int
     gen_holding: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Cut:
+    """All pieces of a stripe in packing order, and where they lie in a holding, as far as that was asked for.
+
+    Equal layers share a cut: only the names of their tensors and params differ.
+    """
+
+    pieces: tuple[Piece, ...]
+    known: dict[tuple[object, ...], tuple["Place", ...]] = field(default_factory=dict)
+
+    def places(
+        self, mine: str, holdings: Sequence[Holding], quota: int, element_bytes: int
+    ) -> Sequence["Place"]:
+        """The pieces as boxes of at most `quota` bytes in the memory of this rank, in packing order."""
+        memory = tuple([(held.offset, held.strides) for held in holdings])
+        key = (quota, memory)
+        places = self.known.get(key)
+        if places is None:
+            places = self.known[key] = tuple(self._places(mine, holdings, quota, element_bytes))
+        return places
+
+    def _places(
+        self, mine: str, holdings: Sequence[Holding], quota: int, element_bytes: int
+    ) -> Iterator["Place"]:
+        for piece in self.pieces:
+            number = piece.train_holding if mine == "train" else piece.gen_holding
+            held = holdings[number]
+            whole = piece.num_bytes <= quota
+            for part in (piece.region,) if whole else split_rows(piece.region, quota // element_bytes):
+                num_bytes = part.num_elements * element_bytes
+                padded_bytes = -(-num_bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+                yield part, part.shape, number, held.offset_of(part), held.strides, num_bytes, padded_bytes
+
+
+# box, its shape, number of the holding, flat element of the first element, strides, bytes, bytes with padding
+type Place = tuple[Region, tuple[int, ...], int, int, tuple[int, ...], int, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,18 +109,19 @@ class Pieces:
 
     train: Side
     gen: Side
-    known: dict[tuple[int, int, int, int, int], tuple[Piece, ...]] = field(default_factory=dict)
+    known: dict[tuple[int, int, int, int, int], Cut] = field(default_factory=dict)
 
-    def of(self, flow: Flow, stripe: Stripe) -> tuple[tuple[Piece, ...], Copy, Copy]:
-        """The pieces of a stripe in packing order, with the copies on the train and on the gen side."""
-        source = self.train.copies[self.train.body_of_rank[stripe.holder]][stripe.tensor][0]
-        target = self.gen.copies[self.gen.body_of_rank[stripe.receiver]][stripe.tensor][flow.copy]
+    def of(self, flow: Flow, stripe: Stripe) -> tuple[Cut, Copy, Copy]:
+        """The cut of a stripe, with the copies on the train and on the gen side."""
+        source = self.train.copies(self.train.body_of_rank[stripe.holder], stripe.tensor)[0]
+        target = self.gen.copies(self.gen.body_of_rank[stripe.receiver], stripe.tensor)[flow.copy]
         key = (flow.index, stripe.first_row, stripe.stop_row, source.pattern, target.pattern)
-        pieces = self.known.get(key)
-        if pieces is None:
+        cut = self.known.get(key)
+        if cut is None:
             box = flow.part(stripe.first_row, stripe.stop_row)
-            pieces = self.known[key] = cut_at_holdings(box, source, target, item_bytes(flow.wire_dtype))
-        return pieces, source, target
+            cut = Cut(cut_at_holdings(box, source, target, item_bytes(flow.wire_dtype)))
+            self.known[key] = cut
+        return cut, source, target
 
 
 def cut_at_holdings(box: Region, source: Copy, target: Copy, element_bytes: int) -> tuple[Piece, ...]:
@@ -116,7 +155,7 @@ class Load:
 
     tensor: str
     wire_dtype: str
-    pieces: tuple[Piece, ...]
+    cut: Cut
     holdings: tuple[Holding, ...]
 
 
@@ -154,23 +193,14 @@ def _buckets(peer: int, mine: str, loads: Sequence[Load], quota: int) -> Iterato
     segments: list[Segment] = []
     end = 0
     for load in loads:
-        tensor, dtype, element_bytes = load.tensor, load.wire_dtype, item_bytes(load.wire_dtype)
-        for piece in load.pieces:
-            held = load.holdings[piece.train_holding if mine == "train" else piece.gen_holding]
-            for region, shape, num_bytes in _fitting(piece, quota, element_bytes):
-                if segments and end + num_bytes > quota:
-                    yield Bucket(peer, end, tuple(segments))
-                    segments, end = [], 0
-                offset = held.offset_of(region)
-                segments.append(Segment(tensor, region, held.param, offset, shape, held.strides, dtype, end))
-                end += -(-num_bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+        tensor, dtype, holdings = load.tensor, load.wire_dtype, load.holdings
+        places = load.cut.places(mine, holdings, quota, item_bytes(dtype))
+        for region, shape, number, offset, strides, num_bytes, padded_bytes in places:
+            if segments and end + num_bytes > quota:
+                yield Bucket(peer, end, tuple(segments))
+                segments, end = [], 0
+            param = holdings[number].param
+            segments.append(Segment(tensor, region, param, offset, shape, strides, dtype, end))
+            end += padded_bytes
     if segments:
         yield Bucket(peer, end, tuple(segments))
-
-
-def _fitting(piece: Piece, quota: int, element_bytes: int) -> Iterable[tuple[Region, tuple[int, ...], int]]:
-    """The piece as boxes that each fit an empty bucket: box, shape, bytes."""
-    if piece.num_bytes <= quota:
-        return ((piece.region, piece.shape, piece.num_bytes),)
-    parts = split_rows(piece.region, quota // element_bytes)
-    return ((part, part.shape, part.num_elements * element_bytes) for part in parts)

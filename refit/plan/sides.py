@@ -4,8 +4,12 @@ Work here is per distinct *body* (ranks that share their holdings) and per disti
 replicas and repeated layers cost nothing.
 """
 
+import hashlib
+import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
+from operator import attrgetter
 
 from refit.plan.manifest import Holding, Manifest, RankManifest, TensorSpec, coalesce_holdings
 from refit.plan.region import Region, disjoint, merge_adjacent
@@ -46,72 +50,58 @@ class Layout:
 
 @dataclass(frozen=True, slots=True)
 class Side:
-    """Index of a manifest. `copies[b][tensor]` are the copies of body `b`; `body_of_rank[r]` names r's
-    body."""
+    """Index of a manifest. `held[b][tensor]` is what body `b` holds, `copies(b, tensor)` the same as copies;
+    `body_of_rank[r]` names r's body.
+
+    `digest` (sha256, hex) covers who holds what where: places, tensors, boxes, params, offsets, strides.
+    """
 
     manifest: Manifest
     bodies: tuple[RankManifest, ...]
     body_ranks: tuple[tuple[int, ...], ...]
     body_of_rank: tuple[int, ...]
-    copies: tuple[dict[str, tuple[Copy, ...]], ...]
+    held: tuple[dict[str, "Held"], ...]
     specs: dict[str, TensorSpec]
     misc: dict[str, str]
     layouts: dict[str, Layout]
+    digest: str
 
     @classmethod
     def of(cls, manifest: Manifest) -> "Side":
-        """Index a manifest. Cost: distinct bodies x their holdings."""
-        bodies, body_of_rank = _distinct_bodies(manifest)
+        """Index a manifest. Cost: distinct bodies x their holdings, and little more than that per holding."""
+        reader = _Reader(overlaps_are_copies=manifest.side == "gen")
+        read, body_of_rank = _distinct_bodies(manifest, reader)
+        bodies = tuple(one.body for one in read)
         body_ranks: list[list[int]] = [[] for _ in bodies]
         for rank, body in enumerate(body_of_rank):
             body_ranks[body].append(rank)
-        copies = _Copies(overlaps_are_copies=manifest.side == "gen")
-        tables = tuple(copies.of_body(body) for body in bodies)
         ranks_of_body = tuple(map(tuple, body_ranks))
         return cls(
             manifest=manifest,
             bodies=bodies,
             body_ranks=ranks_of_body,
             body_of_rank=body_of_rank,
-            copies=tables,
+            held=tuple(one.held for one in read),
             specs=_specs(bodies),
             misc=_misc(bodies, ranks_of_body),
-            layouts=_layouts(tables, ranks_of_body),
+            layouts=_layouts(read, ranks_of_body),
+            digest=_digest(manifest, body_of_rank, read, reader),
         )
 
-
-def _distinct_bodies(manifest: Manifest) -> tuple[tuple[RankManifest, ...], tuple[int, ...]]:
-    by_identity: dict[tuple[int, ...], int] = {}
-    by_value: dict[tuple[object, ...], int] = {}
-    bodies: list[RankManifest] = []
-    of_rank: list[int] = []
-    for rank in manifest.ranks:
-        parts = (rank.tensors, rank.params, rank.holdings, rank.misc)
-        identity = tuple(map(id, parts))
-        body = by_identity.get(identity)
-        if body is None:
-            body = by_value.setdefault(parts, len(bodies))
-            by_identity[identity] = body
-            if body == len(bodies):
-                bodies.append(rank)
-        of_rank.append(body)
-    return tuple(bodies), tuple(of_rank)
-
-
-def _specs(bodies: Iterable[RankManifest]) -> dict[str, TensorSpec]:
-    specs: dict[str, TensorSpec] = {}
-    for body in bodies:
-        for spec in body.tensors:
-            specs.setdefault(spec.name, spec)
-    return specs
-
-
-def _misc(bodies: Iterable[RankManifest], ranks: Sequence[tuple[int, ...]]) -> dict[str, str]:
-    reasons: dict[str, str] = {}
-    for body, body_ranks in zip(bodies, ranks, strict=True):
-        for misc in body.misc:
-            reasons.setdefault(misc.tensor, f"{body.side} rank {body_ranks[0]}: {misc.reason}")
-    return reasons
+    def copies(self, body: int, tensor: str) -> tuple[Copy, ...]:
+        """The copies of a tensor that a body holds; made when asked for. KeyError where it holds none."""
+        form, held = self.held[body][tensor]
+        if form.joined:
+            held = coalesce_holdings(held)
+        return tuple(
+            Copy(
+                pattern.boxes,
+                tuple(held[position] for position in part),
+                pattern.number,
+                pattern.overlapping,
+            )
+            for pattern, part in form.copies
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,39 +114,75 @@ class _Pattern:
     parts: tuple[tuple[int, ...], ...]
 
 
+@dataclass(frozen=True, slots=True)
+class _Form:
+    """All about one tensor's holdings on one rank but the names: the same for equal layers, hence worked out once.
+
+    `copies` are the pattern and the positions of each copy, among the holdings as they are, or where `joined` among
+    those that `coalesce_holdings` makes of them.
+    """
+
+    number: int
+    joined: bool
+    copies: tuple[tuple[_Pattern, tuple[int, ...]], ...]
+    patterns: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Read:
+    """One body, read. `text` spells its holdings: tensor, number of the form, params."""
+
+    body: RankManifest
+    held: dict[str, "Held"]
+    text: str
+
+
+type Held = tuple[_Form, tuple[Holding, ...]]
+type _FormKey = tuple[tuple[object, ...], ...]
+
+
 @dataclass(slots=True)
-class _Copies:
-    """Builds copies; remembers what it did for a tuple of regions, because layers and ranks repeat."""
+class _Reader:
+    """Builds copies; remembers what it did for a form, because layers and ranks repeat."""
 
     overlaps_are_copies: bool
-    patterns: dict[tuple[Region, ...], _Pattern] = field(default_factory=dict)
+    forms: dict[_FormKey, _Form] = field(default_factory=dict)
+    known_patterns: dict[tuple[Region, ...], _Pattern] = field(default_factory=dict)
 
-    def of_body(self, body: RankManifest) -> dict[str, tuple[Copy, ...]]:
-        by_tensor: dict[str, list[Holding]] = {}
-        for holding in body.holdings:
-            by_tensor.setdefault(holding.tensor, []).append(holding)
-        return {
-            tensor: copies
-            for tensor, holdings in by_tensor.items()
-            if (copies := self._of_tensor(_coalesced(holdings)))
-        }
+    def read(self, body: RankManifest) -> _Read:
+        """A body's holdings are sorted by tensor; each tensor's are one form."""
+        table: dict[str, Held] = {}
+        words: list[object] = []
+        for tensor, group in groupby(body.holdings, attrgetter("tensor")):
+            held = tuple(group)
+            key = _form_key(held)
+            form = self.forms.get(key)
+            if form is None:
+                form = self.forms[key] = self._form(held)
+            words += (tensor, form.number, *[one.param for one in held])
+            if form.copies:
+                table[tensor] = (form, held)
+        return _Read(body, table, json.dumps(words, separators=(",", ":")))
 
-    def _of_tensor(self, holdings: tuple[Holding, ...]) -> tuple[Copy, ...]:
-        """Copies of one tensor; none if it is held only as empty boxes."""
-        if not holdings:
-            return ()
-        pattern = self._pattern(tuple([holding.region for holding in holdings]))
-        if len(pattern.parts) == 1:
-            return (Copy(pattern.boxes, holdings, pattern.number, pattern.overlapping),)
-        copies: list[Copy] = []
-        for part in pattern.parts:
-            chosen = tuple(holdings[position] for position in part)
-            one = self._pattern(tuple(holding.region for holding in chosen))
-            copies.append(Copy(one.boxes, chosen, one.number, one.overlapping))
-        return tuple(copies)
+    def _form(self, held: tuple[Holding, ...]) -> _Form:
+        solid = {position for position, one in enumerate(held) if not one.region.is_empty}
+        joined = coalesce_holdings(held)
+        is_joined = len(joined) < len(solid)
+        places = [(position, one) for position, one in enumerate(joined if is_joined else held)]
+        if not is_joined:
+            places = [place for place in places if place[0] in solid]
+        copies: list[tuple[_Pattern, tuple[int, ...]]] = []
+        if places:
+            whole = self._pattern(tuple([one.region for _, one in places]))
+            for part in whole.parts:
+                chosen = [places[number] for number in part]
+                pattern = self._pattern(tuple([one.region for _, one in chosen]))
+                copies.append((pattern, tuple([position for position, _ in chosen])))
+        numbers = tuple([pattern.number for pattern, _ in copies])
+        return _Form(len(self.forms), is_joined, tuple(copies), numbers)
 
     def _pattern(self, regions: tuple[Region, ...]) -> _Pattern:
-        pattern = self.patterns.get(regions)
+        pattern = self.known_patterns.get(regions)
         if pattern is None:
             boxes = merge_adjacent(disjoint(regions))
             num_held = sum(region.num_elements for region in regions)
@@ -164,15 +190,76 @@ class _Copies:
             parts: tuple[tuple[int, ...], ...] = (tuple(range(len(regions))),)
             if overlapping and self.overlaps_are_copies:
                 parts = _split_overlaps(regions)
-            pattern = self.patterns[regions] = _Pattern(len(self.patterns), boxes, overlapping, parts)
+            pattern = _Pattern(len(self.known_patterns), boxes, overlapping, parts)
+            self.known_patterns[regions] = pattern
         return pattern
 
 
-def _coalesced(holdings: list[Holding]) -> tuple[Holding, ...]:
-    """`coalesce_holdings` for one tensor's holdings in manifest order: nothing to join if each has its own param."""
-    if len({held.param for held in holdings}) == len(holdings):
-        return tuple([held for held in holdings if not held.region.is_empty])
-    return coalesce_holdings(holdings)
+def _form_key(held: tuple[Holding, ...]) -> _FormKey:
+    """Boxes, offsets, strides, and which of the holdings share a param. Tuples of ints hash without Python code."""
+    if len(held) == 1:
+        only = held[0]
+        return (only.region.starts, only.region.stops, (only.offset,), only.strides)
+    first: dict[str, int] = {}
+    return (
+        tuple([one.region.starts for one in held]),
+        tuple([one.region.stops for one in held]),
+        tuple([one.offset for one in held]),
+        tuple([one.strides for one in held]),
+        tuple([first.setdefault(one.param, len(first)) for one in held]),
+    )
+
+
+def _distinct_bodies(manifest: Manifest, reader: _Reader) -> tuple[tuple[_Read, ...], tuple[int, ...]]:
+    """Ranks that share a body in memory are one body; so are those whose bodies are equal in every value."""
+    by_identity: dict[tuple[int, ...], int] = {}
+    by_text: dict[str, list[int]] = {}
+    read: list[_Read] = []
+    of_rank: list[int] = []
+    for rank in manifest.ranks:
+        identity = tuple(map(id, _parts(rank)))
+        body = by_identity.get(identity)
+        if body is None:
+            one = reader.read(rank)
+            alike = by_text.setdefault(one.text, [])
+            equal = (number for number in alike if _parts(read[number].body) == _parts(rank))
+            body = next(equal, len(read))
+            by_identity[identity] = body
+            if body == len(read):
+                alike.append(body)
+                read.append(one)
+        of_rank.append(body)
+    return tuple(read), tuple(of_rank)
+
+
+def _parts(rank: RankManifest) -> tuple[tuple[object, ...], ...]:
+    return rank.tensors, rank.params, rank.holdings, rank.misc
+
+
+def _digest(manifest: Manifest, body_of_rank: Sequence[int], read: Iterable[_Read], reader: _Reader) -> str:
+    """Text of ints and strings only: no hash order, no floats. Forms are numbered as they occur, rank by rank."""
+    places = [(rank.rank, rank.stage, rank.replica) for rank in manifest.ranks]
+    head = [manifest.side, places, body_of_rank, list(reader.forms)]
+    state = hashlib.sha256(json.dumps(head, separators=(",", ":")).encode())
+    for one in read:
+        state.update(b"\n" + one.text.encode())
+    return state.hexdigest()
+
+
+def _specs(bodies: Sequence[RankManifest]) -> dict[str, TensorSpec]:
+    """The spec of every tensor, from the first body that names it."""
+    specs: dict[str, TensorSpec] = {}
+    for body in reversed(bodies):
+        specs.update([(spec.name, spec) for spec in body.tensors])
+    return specs
+
+
+def _misc(bodies: Iterable[RankManifest], ranks: Sequence[tuple[int, ...]]) -> dict[str, str]:
+    reasons: dict[str, str] = {}
+    for body, body_ranks in zip(bodies, ranks, strict=True):
+        for misc in body.misc:
+            reasons.setdefault(misc.tensor, f"{body.side} rank {body_ranks[0]}: {misc.reason}")
+    return reasons
 
 
 def _split_overlaps(regions: tuple[Region, ...]) -> tuple[tuple[int, ...], ...]:
@@ -187,23 +274,27 @@ def _split_overlaps(regions: tuple[Region, ...]) -> tuple[tuple[int, ...], ...]:
     return tuple(map(tuple, groups))
 
 
-def _layouts(
-    tables: Sequence[dict[str, tuple[Copy, ...]]], body_ranks: Sequence[tuple[int, ...]]
-) -> dict[str, Layout]:
+def _layouts(read: Sequence[_Read], body_ranks: Sequence[tuple[int, ...]]) -> dict[str, Layout]:
     """Layout of every tensor. Boxes are looked at once per distinct (body, patterns) list, so not per layer."""
-    held: dict[str, list[tuple[int, tuple[int, ...]]]] = {}
-    for body, table in enumerate(tables):
-        for tensor, copies in table.items():
-            held.setdefault(tensor, []).append((body, tuple([copy.pattern for copy in copies])))
+    held: dict[str, list[object]] = {}
+    for body, one in enumerate(read):
+        for tensor, (form, _) in one.held.items():
+            places = held.get(tensor)
+            if places is None:
+                held[tensor] = [body, form.patterns]
+            else:
+                places += (body, form.patterns)
+    tables = [one.held for one in read]
     ranks_of: dict[tuple[int, ...], tuple[int, ...]] = {}
-    by_patterns: dict[tuple[tuple[int, tuple[int, ...]], ...], Layout] = {}
+    by_patterns: dict[tuple[object, ...], Layout] = {}
     by_entries: dict[tuple[Entry, ...], Layout] = {}
     result: dict[str, Layout] = {}
     for tensor, places in held.items():
         key = tuple(places)
         layout = by_patterns.get(key)
         if layout is None:
-            entries = _entries(tensor, tables, [body for body, _ in places], body_ranks, ranks_of)
+            bodies = [body for body, table in enumerate(tables) if tensor in table]
+            entries = _entries(tensor, tables, bodies, body_ranks, ranks_of)
             layout = by_patterns[key] = by_entries.setdefault(entries, Layout(len(by_entries), entries))
         result[tensor] = layout
     return result
@@ -211,15 +302,15 @@ def _layouts(
 
 def _entries(
     tensor: str,
-    tables: Sequence[dict[str, tuple[Copy, ...]]],
+    tables: Sequence[dict[str, Held]],
     bodies: Iterable[int],
     body_ranks: Sequence[tuple[int, ...]],
     ranks_of: dict[tuple[int, ...], tuple[int, ...]],
 ) -> tuple[Entry, ...]:
     found: dict[tuple[Region, int], list[int]] = {}
     for body in bodies:
-        for number, copy in enumerate(tables[body][tensor]):
-            for box in copy.boxes:
+        for number, (pattern, _) in enumerate(tables[body][tensor][0].copies):
+            for box in pattern.boxes:
                 found.setdefault((box, number), []).append(body)
     return tuple(
         Entry(box, number, _ranks_of(tuple(found[box, number]), body_ranks, ranks_of))

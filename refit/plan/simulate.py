@@ -4,7 +4,8 @@ Every rank has one sending and one receiving link. The bytes of each (stage, tra
 as chunks; a trainer sends its chunks one after the other, its peers taking turns; a generator's link serves
 chunks as they come. A chunk costs bytes / rate on both links, latency between them, and the per-operation
 cost on the sender. A generator works on at most `num_streams` stages at once: the chunk of a further stage
-waits until one is complete.
+waits until one is complete. With a fan-out only the first hop goes that way; when a node has all of a stage,
+its ranks exchange the rest of it over NVLink, one stage after the other.
 """
 
 import heapq
@@ -13,6 +14,7 @@ from dataclasses import dataclass, field
 
 from refit.plan.cost import Topology
 from refit.plan.errors import ConfigError
+from refit.plan.fanout import FanOut
 from refit.plan.plan import Plan
 
 MAX_CHUNKS = 60_000
@@ -36,6 +38,7 @@ class Span:
     start_s: float
     stop_s: float
     num_bytes: int
+    hop: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,22 +63,29 @@ class _Chunk:
 
 
 def simulate(
-    plan: Plan, topology: Topology, num_streams: int | None = None, faults: Faults | None = None
+    plan: Plan,
+    topology: Topology,
+    num_streams: int | None = None,
+    faults: Faults | None = None,
+    fan: FanOut | None = None,
 ) -> Timeline:
-    """Run the plan's bulk bytes over the fabric. Deterministic."""
+    """Run the plan's bulk bytes over the fabric, in the two hops of `fan` if it is given. Deterministic."""
     faults = Faults() if faults is None else faults
     last = plan.num_train + plan.num_gen - 1
     for rank in (*faults.slow, *faults.fail_at):
         if not 0 <= rank <= last:
             raise ConfigError(f"fault on rank {rank}, which is not in this plan; joint ranks are 0..{last}")
-    return _Simulation(plan, topology, num_streams or len(plan.stages), faults).run()
+    return _Simulation(plan, topology, num_streams or len(plan.stages), faults, fan).run()
 
 
 class _Simulation:
-    def __init__(self, plan: Plan, topology: Topology, num_streams: int, faults: Faults) -> None:
+    def __init__(
+        self, plan: Plan, topology: Topology, num_streams: int, faults: Faults, fan: FanOut | None
+    ) -> None:
         self.plan, self.topology, self.num_streams, self.faults = plan, topology, num_streams, faults
+        self.fan = fan
         self.position = {stage: number for number, stage in enumerate(plan.stages)}
-        self.queues = _queues(plan)
+        self.queues = _queues(plan, dict(_pairs(plan) if fan is None else sorted(fan.pairs().items())))
         self.open_chunks: dict[tuple[int, int], int] = {}
         for queue in self.queues.values():
             for chunk in queue:
@@ -84,6 +94,7 @@ class _Simulation:
         self.link_free: dict[int, float] = {}
         self.waiting: dict[tuple[int, int], list[tuple[int, float]]] = {}
         self.spans: dict[tuple[int, int], Span] = {}
+        self.relays: list[Span] = []
         self.lost: tuple[int, int, float] | None = None
 
     def run(self) -> Timeline:
@@ -103,7 +114,28 @@ class _Simulation:
                     heapq.heappush(ready, (free, sender))
                 for other, since in opened:
                     heapq.heappush(ready, (max(since, self._done_at(chunk)), other))
+        if self.fan is not None and self.lost is None:
+            self._second_hop(self.fan)
         return self._timeline(num_chunks)
+
+    def _second_hop(self, fan: FanOut) -> None:
+        """Each node exchanges a stage when all its ranks have their part of it and are done with the stage before."""
+        per_node = self.topology.ranks_per_node
+        nodes: dict[tuple[int, int], list[int]] = {}
+        for stage, rank in sorted(fan.relayed_in.keys() | fan.relayed_out.keys()):
+            nodes.setdefault((stage, rank // per_node), []).append(rank)
+        free: dict[int, float] = {}
+        for (stage, node), ranks in nodes.items():
+            there = [self.spans.get((self.plan.num_train + rank, stage)) for rank in ranks]
+            ready = max([free.get(node, 0.0), *(span.stop_s for span in there if span is not None)])
+            for rank in ranks:
+                key, joint = (stage, rank), self.plan.num_train + rank
+                num_bytes = max(fan.relayed_in.get(key, 0), fan.relayed_out.get(key, 0))
+                if num_bytes:
+                    rate = self.topology.nvlink_bytes_per_s * self.faults.slow.get(joint, 1.0)
+                    stop = ready + self.topology.latency_s + num_bytes / rate
+                    self.relays.append(Span(joint, stage, ready, stop, num_bytes, hop=2))
+                    free[node] = max(free.get(node, 0.0), stop)
 
     def _gate(self, chunk: _Chunk) -> tuple[int, int] | None:
         """The (generator, stage position) that must be complete before this chunk may start; None if it may."""
@@ -155,7 +187,7 @@ class _Simulation:
             )
 
     def _timeline(self, num_chunks: int) -> Timeline:
-        spans = tuple(self.spans[key] for key in sorted(self.spans))
+        spans = (*(self.spans[key] for key in sorted(self.spans)), *self.relays)
         seconds = max((span.stop_s for span in spans), default=0.0)
         straggler = max(spans, key=lambda span: (span.stop_s, -span.rank)).rank if spans else 0
         failure = ""
@@ -166,16 +198,15 @@ class _Simulation:
                 f"rank {rank} died at {died:.3f} s in stage {stage}; its peers give up at {seconds:.3f} s"
                 f" (deadline {self.faults.deadline_s:g} s), nothing is committed, the old version serves on"
             )
-        received = sum(span.num_bytes for span in spans if span.rank >= self.plan.num_train)
+        received = sum(span.num_bytes for span in spans if span.rank >= self.plan.num_train and span.hop == 1)
         capacity = seconds * self.topology.rank_bytes_per_s * self.plan.num_gen
         return Timeline(
             seconds, failure, straggler, num_chunks, spans, received / capacity if capacity else 0.0
         )
 
 
-def _queues(plan: Plan) -> dict[int, list[_Chunk]]:
+def _queues(plan: Plan, pairs: Mapping[tuple[int, int], int]) -> dict[int, list[_Chunk]]:
     """Chunks of each trainer, last one first. Peers take turns, starting with a different one on each trainer."""
-    pairs = dict(_pairs(plan))
     total = sum(pairs.values())
     size = max(1, plan.options.bucket_bytes // plan.options.peers_per_round, -(-total // MAX_CHUNKS))
     by_sender: dict[int, list[tuple[int, int, _Chunk]]] = {rank: [] for rank in range(plan.num_train)}

@@ -8,6 +8,7 @@ writes equal layers once (`wire_body`).
 import json
 from typing import Any
 
+from refit.plan.collector import collector_paused
 from refit.plan.errors import PlanError
 from refit.plan.manifest import SIDES, Manifest, RankManifest
 from refit.plan.reader import Node, located
@@ -66,6 +67,7 @@ def decode_rank_manifest(text: str) -> RankManifest:
         raise located(body, fault) from fault
 
 
+@collector_paused()
 def decode_manifest(text: str) -> Manifest:
     """The inverse of `encode_manifest`. Ranks with one body share it in memory."""
     root = Node.parse(text)

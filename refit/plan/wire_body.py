@@ -17,7 +17,7 @@ from refit.plan.reader import Node, located
 from refit.plan.region import Region
 
 DTYPES = tuple(sorted(ITEM_BYTES))
-MAX_ITEMS = 4_000_000
+MAX_ITEMS = 1_000_000  # the largest shipped model on a single rank has 118,000
 _LAYER = re.compile(r"(?<=layers\.)\d+(?=\.)")
 
 type Body = tuple[tuple[TensorSpec, ...], tuple[ParamSpec, ...], tuple[Holding, ...], tuple[MiscReason, ...]]
@@ -110,11 +110,19 @@ def _content(unit: _Unit, layers: tuple[int, int] | None) -> dict[str, Any]:
 
 
 def body_in(node: Node) -> Body:
-    """The inverse of `body_out`. Raises PlanError with the path; refuses to expand beyond MAX_ITEMS."""
-    tensors: list[TensorSpec] = []
-    params: list[ParamSpec] = []
-    holdings: list[Holding] = []
-    misc: list[MiscReason] = []
+    """The inverse of `body_out`. Raises PlanError with the path; a body of more than MAX_ITEMS is not expanded."""
+    groups = tuple(_groups_in(node))
+    units = [_unit_in(rows, pair) for layers, rows in groups for pair in layers]
+    return (
+        tuple([spec for unit in units for spec in unit.tensors]),
+        tuple([spec for unit in units for spec in unit.params]),
+        tuple([held for unit in units for held in unit.holdings]),
+        tuple([misc for unit in units for misc in unit.misc]),
+    )
+
+
+def _groups_in(node: Node) -> Iterator[tuple[list[tuple[int, int] | None], list[tuple[Node, ...]]]]:
+    """The layers and the rows of each group; the rows are not read yet."""
     num_items = 0
     for group in node.items():
         layers_node, *columns = group.keys("layers", "tensors", "params", "holdings", "misc")
@@ -123,13 +131,7 @@ def body_in(node: Node) -> Body:
         num_items += len(layers) * sum(map(len, rows))
         if num_items > MAX_ITEMS:
             group.fail(f"stands for more than {MAX_ITEMS} specs and holdings; no rank holds that many")
-        for pair in layers:
-            unit = _unit_in(rows, pair)
-            tensors += unit.tensors
-            params += unit.params
-            holdings += unit.holdings
-            misc += unit.misc
-    return tuple(tensors), tuple(params), tuple(holdings), tuple(misc)
+        yield layers, rows
 
 
 def _layers_in(node: Node) -> list[tuple[int, int] | None]:

@@ -17,6 +17,7 @@ import sys
 import time
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,8 @@ from refit.train_side.batch import TrainBatch
 from refit.train_side.options import TrainOptions, TrainParallel
 from refit.transfer.errors import Failure, RefitFailed
 
-RolloutRow = tuple[int, tuple[int, ...], tuple[float, ...], int]
-"""One sample: prompt index, token ids, their logprobs under the generator, weight version that sampled it."""
+RolloutRow = tuple[int, tuple[int, ...], tuple[float, ...], tuple[tuple[int, int], ...]]
+"""One sample: prompt index, token ids, their logprobs in the generator, and (version, tokens it sampled) in order."""
 
 
 def free_port() -> int:
@@ -48,8 +49,8 @@ def write_output_to(log_path: str) -> None:
     os.close(file)
 
 
-class _Actor:
-    """What both actors share: a name for messages, a log file, and failures that say who and where."""
+class Actor:
+    """What all actors share: a name for messages, a log file, and failures that say who and where."""
 
     def __init__(self, who: str, log_path: str) -> None:
         write_output_to(log_path)
@@ -75,8 +76,9 @@ class _Actor:
         except RefitFailed:
             raise
         except Exception as error:
-            traceback.print_exc()
-            sys.stderr.flush()
+            with contextlib.suppress(OSError):  # the disk of the log may be full
+                traceback.print_exc()
+                sys.stderr.flush()
             failure = Failure(
                 phase, self._who, f"{type(error).__name__}: {error} (in full: {self._log_path})"
             )
@@ -86,13 +88,14 @@ class _Actor:
             raise RefitFailed(failure) from None
 
 
-class TrainActor(_Actor):
+class TrainActor(Actor):
     """One Megatron rank. All trainer ranks are called with the same arguments, at the same time."""
 
     def __init__(self, train_rank: int, log_path: str) -> None:
         super().__init__(f"train rank {train_rank}", log_path)
         self._train_rank = train_rank
         self._policy: Any = None
+        self._offer: Any = None
         self._endpoint: Any = None
         self._shares: Shares = {}
 
@@ -109,8 +112,12 @@ class TrainActor(_Actor):
         options: TrainOptions,
         init_address: str,
         timeout_s: float,
+        engine_dir: str,
     ) -> dict[str, float]:
-        """Build this rank's share of the policy. Returns {"seconds": ...}."""
+        """Build this rank's share of the policy. Returns {"seconds": ...}.
+
+        `engine_dir` is the checkpoint as the engines store it: where it is quantized, refits will be too.
+        """
         started_s = time.monotonic()
         with self._doing("build"):
             from refit.train_side.policy import PolicyTrainer
@@ -118,6 +125,7 @@ class TrainActor(_Actor):
             self._policy = PolicyTrainer.build(
                 model_dir, parallel, options, self._train_rank, parallel.world_size, init_address, timeout_s
             )
+            self._offer = _offer_to(engine_dir, self._policy)
         return {"seconds": time.monotonic() - started_s}
 
     def prepare_refit(self, store_address: str, run_id: str, timeout_s: float) -> dict[str, Any]:
@@ -134,7 +142,7 @@ class TrainActor(_Actor):
 
             address, _, port = store_address.rpartition(":")
             self._control = ControlStore.join(address, int(port), run_id)
-            self._endpoint = Endpoint.prepare(self._control, self._policy.describe(), timeout_s)
+            self._endpoint = Endpoint.prepare(self._control, self._offer.describe(), timeout_s)
             self._shares = shares_of(Inputs.of_message(self._control.get(INPUTS, timeout_s)).gen)
             return {
                 "rank": self._endpoint.rank,
@@ -146,15 +154,9 @@ class TrainActor(_Actor):
     def refit(self, version: int, attempt: int) -> None:
         """Send this rank's share of `version`: bulk by stages, then misc; then put the report of the round."""
         with self._doing("refit"):
-            self._endpoint.begin(version, attempt)
-            self._endpoint.move_bulk(self._policy.params())
-            if self._endpoint.misc_names:
-                exported = self._policy.export(self._endpoint.misc_names)
-                if self._train_rank == 0:
-                    self._endpoint.send_misc(exported)
-                else:
-                    collections.deque(exported, maxlen=0)  # the export gathers over all trainers
-            self._endpoint.put_report()
+            from refit.transfer.source import send_version
+
+            send_version(self._endpoint, self._offer, version, attempt)
 
     def verify_digests(self) -> dict[str, dict[str, str]]:
         """{tensor: {joint rank: hex digest}} of what every generator should hold now; {} but from train rank 0.
@@ -162,7 +164,7 @@ class TrainActor(_Actor):
         Computed from Bridge's own full export, so that an audit checks the whole path and not the plan against itself.
         """
         with self._doing("verify"):
-            exported = self._policy.export(None)
+            exported = self._offer.export(None)
             if self._train_rank != 0:
                 collections.deque(exported, maxlen=0)  # the export gathers over all trainers
                 return {}
@@ -195,7 +197,7 @@ class TrainActor(_Actor):
         if self._policy is not None:
             with contextlib.suppress(Exception):  # a closing that fails must not hide why the job ended
                 self._policy.close()
-        self._policy = None
+        self._policy = self._offer = None
 
     def _leave(self) -> None:
         for part in (self._endpoint, self._control):
@@ -208,13 +210,25 @@ class TrainActor(_Actor):
         return values if self._train_rank == 0 else None
 
 
-class GenActor(_Actor):
+def _offer_to(engine_dir: str, policy: Any) -> Any:
+    """The policy as engines of that checkpoint see it. Collective over the trainers if it is quantized."""
+    from refit.gen_side.hf_index import read_hf_shapes
+    from refit.train_side.quantized import QuantizedTrainer
+    from refit.transfer.precision.scheme import scheme_of
+
+    scheme = scheme_of(read_hf_shapes(engine_dir))
+    return QuantizedTrainer.prepare(policy, scheme) if scheme else policy
+
+
+class GenActor(Actor):
     """One vLLM engine, that is one replica, with all its workers."""
 
     def __init__(self, replica: int, log_path: str) -> None:
         super().__init__(f"generator {replica}", log_path)
         self._replica = replica
         self._generator: Any = None
+        self._background: ThreadPoolExecutor | None = None
+        self._submitted: dict[int, Future[tuple[RolloutRow, ...]]] = {}
 
     def build(
         self, model_dir: str, parallel: Mapping[str, Any], options: Mapping[str, Any], timeout_s: float
@@ -241,11 +255,16 @@ class GenActor(_Actor):
         with self._doing("stage"):
             self._generator.stage(version, attempt)
 
-    def finish(self, version: int, attempt: int) -> int:
-        """Commit or discard as the coordinator decided. Returns the version that serves now."""
+    def finish(self, version: int, attempt: int) -> tuple[int, float]:
+        """Commit or discard as the coordinator decided. Returns (version that serves now, seconds without a token)."""
         with self._doing("finish"):
-            self._generator.finish(version, attempt)
-            return int(self._generator.weight_version())
+            committed = self._generator.finish(version, attempt)
+            return int(self._generator.weight_version()), self._generator.pause_s if committed else 0.0
+
+    def condition(self) -> str:
+        """Why this engine can serve no more, or "" if it can; asks every worker."""
+        with self._doing("condition"):
+            return str(self._generator.condition())
 
     def audit(self, audit_id: str) -> None:
         """Let every worker put digests of what it holds under audit/<audit_id>/<gen_rank>."""
@@ -266,8 +285,20 @@ class GenActor(_Actor):
                 [list(prompt) for prompt in prompts], num_samples, max_tokens, temperature, seed
             )
             return tuple(
-                (s.prompt_index, tuple(s.tokens), tuple(s.logprobs), int(s.weight_version)) for s in samples
+                (s.prompt_index, tuple(s.tokens), tuple(s.logprobs), tuple(s.spans)) for s in samples
             )
+
+    def submit(self, step: int, *arguments: Any) -> None:
+        """Begin a `generate` in the background, so that a refit may run beside it. `take` has its answers."""
+        if self._background is None:
+            self._background = ThreadPoolExecutor(1, thread_name_prefix="generate")
+        self._submitted[step] = self._background.submit(self.generate, *arguments)
+
+    def take(self, step: int) -> tuple[RolloutRow, ...]:
+        """Wait for what was submitted for `step`: its answers, or what it raised. Older ones are forgotten."""
+        answers = self._submitted[step]
+        self._submitted = {later: found for later, found in self._submitted.items() if later > step}
+        return answers.result()
 
     def weight_version(self) -> int:
         with self._doing("weight_version"):

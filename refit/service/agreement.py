@@ -13,13 +13,17 @@ from typing import Any
 
 from refit.plan import Manifest, Plan, PlanOptions, build_plan, decode_rank_manifest
 from refit.plan.errors import PlanError
+from refit.transfer.errors import TransportError
 from refit.transfer.protocol import (
     GO,
     INPUTS,
     OK,
+    PROCESS_GROUP,
+    FinishReport,
     Inputs,
     describe_key,
     digest_key,
+    finished_key,
     ready_key,
     report_key,
 )
@@ -40,6 +44,7 @@ class Terms:
     bulk: str
     num_streams: int
     timeout_s: float
+    transport: str = PROCESS_GROUP
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -69,7 +74,15 @@ def agree_on_plan(control: ControlStore, terms: Terms) -> Plan:
     gen = _collect_manifest(control, "gen", terms.num_gen, deadline)
     plan = build_plan(train, gen, terms.options)
     inputs = Inputs(
-        train, gen, terms.options, terms.backend, terms.bulk, terms.num_streams, terms.timeout_s, plan.digest
+        train,
+        gen,
+        terms.options,
+        terms.backend,
+        terms.bulk,
+        terms.num_streams,
+        terms.timeout_s,
+        plan.digest,
+        terms.transport,
     )
     control.put(INPUTS, inputs.message())
     ranks = range(terms.num_train + terms.num_gen)
@@ -86,11 +99,28 @@ def agree_on_plan(control: ControlStore, terms: Terms) -> Plan:
     return plan
 
 
-def collect_reports(control: ControlStore, plan: Plan, attempt: int, timeout_s: float) -> dict[int, Any]:
-    """The report of every joint rank on one attempt, by rank."""
+def collect_reports(
+    control: ControlStore, plan: Plan, attempt: int, version: int, timeout_s: float
+) -> dict[int, Any]:
+    """The report of every joint rank on one attempt, by rank. Raises TransportError if one moved another version."""
     deadline = Deadline(timeout_s)
     ranks = range(plan.num_train + plan.num_gen)
-    return {rank: control.get(report_key(attempt, rank), deadline.left_s) for rank in ranks}
+    reports: dict[int, Any] = {
+        rank: control.get(report_key(attempt, rank), deadline.left_s) for rank in ranks
+    }
+    for rank, report in reports.items():
+        if report["version"] != version:
+            raise TransportError(
+                f"rank {rank} moved version {report['version']} in attempt {attempt}, the coordinator asked for "
+                f"version {version}; start both with the same one"
+            )
+    return reports
+
+
+def finished_reports(control: ControlStore, plan: Plan, attempt: int) -> dict[int, FinishReport]:
+    """What commits cost, by generator rank. Does not wait: a rank puts it before its engine says that it serves."""
+    found = {rank: control.peek(finished_key(attempt, rank)) for rank in range(plan.num_gen)}
+    return {rank: FinishReport.of_message(message) for rank, message in found.items() if message is not None}
 
 
 def mismatches_of(plan: Plan, reports: Mapping[int, Any]) -> tuple[Mismatch, ...]:

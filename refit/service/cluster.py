@@ -12,27 +12,28 @@ import logging
 import os
 import signal
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import psutil  # type: ignore[import-untyped]
 import ray
+from ray._private import ray_constants
 
 from refit.service.actors import GenActor, TrainActor
+from refit.service.build_options import gen_options, gen_parallel, train_options, train_parallel
 from refit.service.config import JobConfig
-from refit.service.waiting import collect
-from refit.train_side.options import TrainOptions, TrainParallel
+from refit.service.placement import Places
+from refit.service.processes import end_processes, shared_memory_of
+from refit.service.roster import Replacement
+from refit.service.waiting import Waiting, collect
 from refit.transfer.errors import TransportError
 
 OBJECT_STORE_BYTES = 256 * 2**20
 START_TIMEOUT_S = 300.0
-SHARED_MEMORY = "/dev/shm/"  # noqa: S108  not a temporary file of ours
 START_ATTEMPTS = 2
 CLOSE_S = 8.0
 LEAVE_S = 10.0
-MAX_SEQUENCES = 256  # an engine samples up to this many answers at once
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "HF_HUB_OFFLINE": "1",
@@ -41,8 +42,6 @@ ENVIRONMENT = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_DEDUP_LOGS": "1",
 }
-
-type Waiting = Callable[[tuple[str, ...]], None]
 
 
 class Cluster:
@@ -54,6 +53,13 @@ class Cluster:
         self._ray_processes: list[psutil.Process] = []
         self._seen: dict[tuple[int, float], psutil.Process] = {}
         self._segments: set[Path] = set()
+        self._pids: dict[int, Any] = {}
+        self._coming_pids: dict[int, Any] = {}
+        self._below: dict[int, set[psutil.Process]] = {}
+        self._restarts_left: dict[int, int] = {}
+        self._engine_dir = ""
+        self._build_timeout_s = 0.0
+        self._places: Places | None = None
         self.trainers: tuple[Any, ...] = ()
         self.generators: tuple[Any, ...] = ()
 
@@ -64,13 +70,13 @@ class Cluster:
             os.environ.setdefault(name, value)
         cluster = cls(config, log_folder)
         try:
-            cluster._ray_processes = _start_ray(config)
+            cluster._ray_processes = start_ray(config)
+            cluster._places = Places.open(config, START_TIMEOUT_S)
             cluster.trainers = tuple(
-                cluster._actor(TrainActor, rank, f"train-{rank}", 1)
-                for rank in range(config.policy.world_size)
+                cluster._actor(TrainActor, rank, f"train-{rank}") for rank in range(config.policy.world_size)
             )
             cluster.generators = tuple(
-                cluster._actor(GenActor, replica, f"gen-{replica}", config.generation.workers_per_replica)
+                cluster._actor(GenActor, replica, f"gen-{replica}")
                 for replica in range(config.generation.replicas)
             )
             collect(
@@ -93,22 +99,30 @@ class Cluster:
     def named_generators(self) -> dict[str, Any]:
         return {f"generator {replica}": actor for replica, actor in enumerate(self.generators)}
 
-    def build(self, model_dir: str, timeout_s: float, on_tick: Waiting | None = None) -> dict[str, float]:
-        """Build policy and engines at the same time. Returns the seconds each actor took, by name."""
+    def build(
+        self, model_dir: str, timeout_s: float, on_tick: Waiting | None = None, engine_dir: str | None = None
+    ) -> dict[str, float]:
+        """Build policy and engines at the same time. Returns the seconds each actor took, by name.
+
+        `engine_dir` is the same checkpoint as the engines store it; None: as the trainers do.
+        """
+        engine_dir = model_dir if engine_dir is None else engine_dir
         meeting = collect({"train rank 0": self.trainers[0].meeting_point.remote()}, "build", START_TIMEOUT_S)
         parallel, options = train_parallel(self._config), train_options(self._config)
         pending = {
             f"train rank {rank}": actor.build.remote(
-                model_dir, parallel, options, meeting["train rank 0"], timeout_s
+                model_dir, parallel, options, meeting["train rank 0"], timeout_s, engine_dir
             )
             for rank, actor in enumerate(self.trainers)
         }
-        gen_parallel_, gen_options_ = gen_parallel(self._config), gen_options(self._config)
+        self._engine_dir, self._build_timeout_s = engine_dir, timeout_s
         pending |= {
-            f"generator {replica}": actor.build.remote(model_dir, gen_parallel_, gen_options_, timeout_s)
+            f"generator {replica}": self._build_generator(actor)
             for replica, actor in enumerate(self.generators)
         }
         built = collect(pending, "build", timeout_s, on_tick)
+        who = {name: actor.process_id.remote() for name, actor in self.named_generators().items()}
+        self._pids = dict(enumerate(collect(who, "build", START_TIMEOUT_S).values()))
         self.remember_processes()
         return {who: answer["seconds"] for who, answer in built.items()}
 
@@ -122,6 +136,40 @@ class Cluster:
                 for process in (root, *root.children(recursive=True)):
                     self._seen[process.pid, process.create_time()] = process
                     self._segments |= shared_memory_of(process.pid)
+        for replica, reference in [*self._coming_pids.items()]:
+            if ray.is_initialized() and ray.wait([reference], timeout=0)[0]:
+                del self._coming_pids[replica]
+                with contextlib.suppress(ray.exceptions.RayError):  # it died before it could say
+                    self._pids[replica] = ray.get(reference)
+        mine = {process.pid: process for process in self._seen.values()}
+        for replica, pid in self._pids.items():
+            root = mine.get(pid)
+            if root is not None and root.is_running():
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    self._below[replica] = {root, *root.children(recursive=True)}
+
+    def end_generator(self, replica: int) -> None:
+        """End a generator and, where it runs on this machine, every process below it, stopped ones too."""
+        self.remember_processes()
+        with contextlib.suppress(Exception):  # it may be dead already, which is what is wanted
+            ray.kill(self.generators[replica])
+        below = list(self._below.pop(replica, ()))
+        for process in below:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        psutil.wait_procs(below, timeout=LEAVE_S)
+
+    def restart_generator(self, replica: int) -> Replacement | None:
+        """Begin to build a new engine in a replica's place; None when `cluster.restart_generators` are used up."""
+        left = self._restarts_left.get(replica, self._config.cluster.restart_generators)
+        if left == 0:
+            return None
+        self._restarts_left[replica] = left - 1
+        actor = self._actor(GenActor, replica, f"gen-{replica}")
+        self.generators = (*self.generators[:replica], actor, *self.generators[replica + 1 :])
+        self._pids.pop(replica, None)
+        self._coming_pids[replica] = actor.process_id.remote()  # before the build, which may fail or hang
+        return Replacement(actor, self._build_generator(actor))
 
     def close(self) -> None:
         """End actors and Ray, and wait until none of the processes of this job is left. Idempotent.
@@ -134,6 +182,10 @@ class Cluster:
             with contextlib.suppress(Exception):  # it may be dead already, which is what is wanted
                 ray.kill(actor)
         self.trainers = self.generators = ()
+        if self._places is not None and ray.is_initialized():
+            with contextlib.suppress(Exception):  # a cluster that is gone has taken its places with it
+                self._places.close()
+        self._places = None
         if ray.is_initialized():
             ray.shutdown()
         end_processes(list(self._seen.values()), LEAVE_S)
@@ -152,46 +204,20 @@ class Cluster:
             if closing:
                 ray.wait(closing, num_returns=len(closing), timeout=CLOSE_S)
 
-    def _actor(self, kind: type[Any], number: int, name: str, num_devices: int) -> Any:
-        local = self._config.cluster.address is None
-        on_gpu = self._config.refit.backend == "nccl"
-        return (
-            ray.remote(kind)
-            .options(
-                num_cpus=0 if local else num_devices,
-                num_gpus=num_devices if on_gpu else 0,
-                max_restarts=0,
-                max_task_retries=0,
-            )
-            .remote(number, str(self._log_folder / f"{name}.log"))
+    def _build_generator(self, actor: Any) -> Any:
+        return actor.build.remote(
+            self._engine_dir, gen_parallel(self._config), gen_options(self._config), self._build_timeout_s
         )
 
-
-def shared_memory_of(pid: int) -> set[Path]:
-    """The named shared memory segments that a process maps; empty where there is no /proc, or no such process."""
-    try:
-        lines = Path(f"/proc/{pid}/maps").read_text().splitlines()
-    except OSError:
-        return set()
-    names = {line.partition(SHARED_MEMORY)[2] for line in lines if SHARED_MEMORY in line}
-    return {Path(SHARED_MEMORY) / name for name in names if not name.endswith(" (deleted)")}
+    def _actor(self, kind: type[Any], number: int, name: str) -> Any:
+        """A new actor. Ray itself restarts none: it would come back without its engine or its policy."""
+        assert self._places is not None, "actors are made after their places"
+        place = self._places.of_trainer(number) if kind is TrainActor else self._places.of_generator(number)
+        options = ray.remote(kind).options(max_restarts=0, max_task_retries=0, **place)
+        return options.remote(number, str(self._log_folder / f"{name}.log"))
 
 
-def end_processes(processes: list[psutil.Process], patience_s: float) -> None:
-    """Wait for processes to leave; ask, then force, those still there after half and all of `patience_s`."""
-    deadline_s = time.monotonic() + patience_s
-    alive = psutil.wait_procs(processes, timeout=patience_s / 2)[1]
-    for process in alive:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process.terminate()
-    alive = psutil.wait_procs(alive, timeout=max(0.0, deadline_s - time.monotonic()))[1]
-    for process in alive:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process.kill()
-    psutil.wait_procs(alive, timeout=patience_s / 2)
-
-
-def _start_ray(config: JobConfig) -> list[psutil.Process]:
+def start_ray(config: JobConfig) -> list[psutil.Process]:
     """Start or join Ray; returns the processes that this started. Raises TransportError if Ray does not come up.
 
     Ray gives its own start 30 s, which a busy machine may miss: START_ATTEMPTS.
@@ -208,10 +234,21 @@ def _start_ray(config: JobConfig) -> list[psutil.Process]:
             if attempt == START_ATTEMPTS:
                 raise TransportError(
                     f"Ray did not start or answer ({where}), {attempt} times: {error}; see cluster.address"
+                    + _token_remedy(config)
                 ) from error
         else:
             break
     return [child for child in psutil.Process().children() if child not in others]
+
+
+def _token_remedy(config: JobConfig) -> str:
+    """Ray 2.60 takes a token up by itself for a local Ray and for "auto", never for an explicit address."""
+    if config.cluster.address in (None, "auto") or os.environ.get("RAY_AUTH_MODE") == "token":
+        return ""
+    return (
+        ". If that cluster asks for a token, set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN_PATH if the token is "
+        "not this user's own"
+    )
 
 
 @contextlib.contextmanager
@@ -234,54 +271,30 @@ def _init_ray(config: JobConfig) -> None:
             runtime_env={"env_vars": ENVIRONMENT},  # a local Ray inherits them
         )
         return
-    ray.init(
-        address="local",
-        num_cpus=config.cluster.num_cpus or None,
-        include_dashboard=False,
-        object_store_memory=OBJECT_STORE_BYTES,
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-        _node_ip_address="127.0.0.1",
-    )
+    with _loopback_only():
+        ray.init(
+            address="local",
+            num_cpus=config.cluster.num_cpus or None,
+            include_dashboard=False,
+            object_store_memory=OBJECT_STORE_BYTES,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            _node_ip_address="127.0.0.1",
+        )
+    where = {str(node["NodeManagerAddress"]) for node in ray.nodes()}
+    if where != {"127.0.0.1"}:
+        raise TransportError(f"the job's own Ray listens on {sorted(where)}, not on loopback only")
 
 
-def train_parallel(config: JobConfig) -> TrainParallel:
-    policy = config.policy
-    return TrainParallel(
-        tensor=policy.tensor_parallel,
-        pipeline=policy.pipeline_parallel,
-        expert=policy.expert_parallel,
-        data=policy.data_parallel,
-    )
+@contextlib.contextmanager
+def _loopback_only() -> Iterator[None]:
+    """Let Ray take 127.0.0.1 as it is: on Linux it puts an outside address in its place and listens on all interfaces.
 
-
-def train_options(config: JobConfig) -> TrainOptions:
-    policy = config.policy
-    return TrainOptions(
-        lr=policy.lr,
-        clip_ratio=policy.clip_ratio,
-        kl_coef=policy.kl_coef,
-        precision=policy.precision,  # type: ignore[arg-type]  # the gate has checked it
-        seed=policy.seed,
-        num_microbatches=policy.num_microbatches,
-    )
-
-
-def gen_parallel(config: JobConfig) -> dict[str, Any]:
-    """The fields of GenParallel, as plain values: importing that class would import vLLM into this process."""
-    generation = config.generation
-    return {
-        "tensor": generation.tensor_parallel,
-        "pipeline": generation.pipeline_parallel,
-        "expert": generation.expert_parallel > 1,
-    }
-
-
-def gen_options(config: JobConfig) -> dict[str, Any]:
-    """The fields of GenOptions that a job sets; the rest are its defaults."""
-    return {
-        "dtype": {"bf16": "bfloat16", "fp32": "float32"}[config.generation.precision],
-        "seed": config.policy.seed,
-        "max_model_len": config.generation.max_model_len,
-        "max_num_seqs": MAX_SEQUENCES,
-    }
+    The switch is Ray's own, made for laptops; the environment reaches it only before Ray is imported (Ray 2.60).
+    """
+    before = ray_constants.ENABLE_RAY_CLUSTER
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before

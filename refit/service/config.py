@@ -15,6 +15,7 @@ from refit.plan.errors import ConfigError
 
 GOLDEN_VARIABLE = "NRL_XFERDTENSOR_GOLDEN"
 NUM_STREAMS_VARIABLE = "NRL_REFIT_NUM_STREAMS"
+MAX_DEFAULT_STREAMS = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,26 +69,45 @@ class ClusterConfig:
 
     `port` is the control store's, 0 for any free one; `num_cpus` 0 lets Ray count. `min_free_memory_bytes` is a
     floor: the larger of it and the gate's own estimate must be free.
+
+    Each lost generator is replaced up to `restart_generators` times. On an existing cluster all actors get their place
+    in one placement group by `placement` (PACK, SPREAD, STRICT_PACK, STRICT_SPREAD), trainers and generators on nodes
+    with the labels given.
     """
 
     address: str | None = None
     num_cpus: int = 0
     port: int = 0
     min_free_memory_bytes: int = 0
+    restart_generators: int = 1
+    placement: str = "PACK"
+    policy_labels: dict[str, str] = field(default_factory=dict)
+    generation_labels: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
 class RefitConfig:
     """How weights travel. `timeout_s` bounds every wait; engines are audited every `verify_every` steps (0: never).
 
-    `force_misc` are patterns of whole canonical tensor names that go by broadcast although they could be bulk.
+    `backend` makes the process groups; `transport` is what carries bulk, over them or beside them.
+    `num_streams` is how many trainer stages travel at once (None: all, up to MAX_DEFAULT_STREAMS); each stream takes
+    up to `2 * buffer_bytes` of a generator. `force_misc` are patterns of whole canonical tensor names that go by
+    broadcast although they could be bulk.
+
+    `pause` (wait, abort, keep) says what a commit does to requests under way, `kv_cache` (clear, keep) what it does to
+    keys and values that the old weights computed. A round that failed without the loss of a generator is repeated
+    `retries` times.
     """
 
     backend: str = "gloo"
+    transport: str = "process_group"
     bulk: str = "p2p"
     buffer_bytes: int = 64 * 2**20
-    num_streams: int = 2
+    num_streams: int | None = None
     timeout_s: float = 120.0
+    retries: int = 1
+    pause: str = "wait"
+    kv_cache: str = "clear"
     verify_every: int = 10
     force_misc: tuple[str, ...] = ()
 
@@ -97,7 +117,13 @@ class RefitConfig:
 
 @dataclass(frozen=True, slots=True)
 class GrpoConfig:
-    """The training loop. One step samples `samples_per_prompt` answers to each of `prompts_per_step` prompts."""
+    """The training loop. One step samples `samples_per_prompt` answers to each of `prompts_per_step` prompts.
+
+    With `max_staleness` n > 0 the loop is asynchronous: it samples up to n steps ahead, beside training and refits, so
+    that no token is older than n versions when it is trained on. 0 is the synchronous loop.
+
+    The policy is saved every `checkpoint_every` steps (0: never), and at the end if `save_checkpoint`.
+    """
 
     steps: int = 50
     prompts_per_step: int = 16
@@ -105,7 +131,9 @@ class GrpoConfig:
     task: str = "basic_arithmetic"
     task_seed: int = 0
     scale_advantages: bool = True
+    max_staleness: int = 0
     save_checkpoint: bool = False
+    checkpoint_every: int = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +146,13 @@ class JobConfig:
     refit: RefitConfig = field(default_factory=RefitConfig)
     grpo: GrpoConfig = field(default_factory=GrpoConfig)
     run_dir: str = "runs/latest"
+
+    @property
+    def num_streams(self) -> int:
+        """Trainer stages in flight at once. Fewer than there are leave the other stages' network unused."""
+        if self.refit.num_streams is not None:
+            return self.refit.num_streams
+        return max(1, min(self.policy.pipeline_parallel, MAX_DEFAULT_STREAMS))
 
     @property
     def path(self) -> str:

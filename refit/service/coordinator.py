@@ -1,54 +1,41 @@
-"""The refit round, seen from the driver: prepare, stage, compare digests, commit on all engines or on none."""
+"""The refit round, seen from the driver: prepare, stage, compare digests, commit on all engines or on none.
+
+A generator that is lost in whatever phase is left out at once, and the round goes on for the rest: under new keys of
+the control store and in new groups, since both hold all ranks. Trainers and living engines keep everything else.
+"""
 
 from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NoReturn
 
 import ray
 
-from refit.plan import DEFAULT_WHITELIST, Plan, PlanOptions
+from refit.plan import Plan
 from refit.service.agreement import (
     Mismatch,
-    Terms,
     agree_on_plan,
     collect_reports,
     compare,
     describe_mismatches,
+    finished_reports,
     mismatches_of,
     sent_digests,
 )
 from refit.service.config import JobConfig
-from refit.service.waiting import collect
+from refit.service.fleet import name_of, replica_of
+from refit.service.refit_record import PlanRecord, RefitRecord, Round, record_plan, record_round
+from refit.service.roster import Roster, Supply, TrainerLost
+from refit.service.rounds import Joint, prepare_calls, settle_s, terms_of, together
+from refit.service.waiting import Answers, gather
 from refit.transfer.errors import Failure, RefitFailed, TransportError
 from refit.transfer.protocol import decision_key
 from refit.transfer.rendezvous import ControlStore
 
-
-@dataclass(frozen=True, slots=True)
-class RefitRecord:
-    """One attempt to bring a version to all replicas.
-
-    `seconds` holds, by phase, the slowest rank's time, and the driver's own `stage` and `commit` that contain them;
-    `bulk_bytes` and `misc_bytes` count each element of the model once, `wire_bytes` what all trainers sent point to
-    point. `reason` is empty when `committed`.
-    """
-
-    version: int
-    attempt: int
-    seconds: Mapping[str, float]
-    total_s: float
-    bulk_bytes: int
-    misc_bytes: int
-    bulk_share: float
-    wire_bytes: int
-    peak_extra_bytes: int
-    committed: bool
-    reason: str
+BUILD_TIMEOUT_S = 600.0  # longest wait for a replacement when no generator is left
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,218 +55,315 @@ class VerifyReport:
         return not self.mismatches and not self.changed_params
 
 
+@dataclass(frozen=True, slots=True)
+class _Decided:
+    """All ranks' reports and what came of comparing their digests, which took `seconds`."""
+
+    reports: Mapping[int, Any]
+    num_differing: int
+    reason: str
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Session:
+    """What one prepare agreed on: keys of the control store, plan, and the replicas in it by place."""
+
+    control: ControlStore
+    plan: Plan
+    plan_record: PlanRecord
+    replicas: tuple[int, ...]
+    workers_per_replica: int
+
+    def gen_ranks(self, replicas: Iterable[int]) -> tuple[int, ...]:
+        """The generator ranks of those of `replicas` that are in this session."""
+        wanted, size = set(replicas), self.workers_per_replica
+        places = [place for place, replica in enumerate(self.replicas) if replica in wanted]
+        return tuple(rank for place in places for rank in range(place * size, (place + 1) * size))
+
+
 class Coordinator:
-    """Knows the plan and all actors; owns the control store. Made by `prepare`."""
+    """Knows the plan, all actors and what each replica serves; owns the control store. Made by `prepare`."""
 
     def __init__(
         self,
-        control: ControlStore,
-        plan: Plan,
+        config: JobConfig,
+        host: ControlStore,
         trainers: Sequence[Any],
         generators: Sequence[Any],
-        timeout_s: float,
+        supply: Supply | None,
     ) -> None:
-        self.plan = plan
-        self._control = control
-        self._trainers = tuple(trainers)
-        self._generators = tuple(generators)
-        self._timeout_s = timeout_s
+        self._config = config
+        self._host = host
+        self._trainers = {f"train rank {rank}": actor for rank, actor in enumerate(trainers)}
+        self._roster = Roster(generators, supply)
+        self._session: Session | None = None
+        self._stale = True
+        self._num_sessions = 0
         self._attempt = 0
         self._num_audits = 0
+        self._blamed: tuple[int, ...] = ()
 
     @classmethod
-    def prepare(cls, config: JobConfig, trainers: Sequence[Any], generators: Sequence[Any]) -> Coordinator:
-        """Both sides describe, one plan is agreed, groups open.
+    def prepare(
+        cls,
+        config: JobConfig,
+        trainers: Sequence[Any],
+        generators: Sequence[Any],
+        supply: Supply | None = None,
+    ) -> Coordinator:
+        """Both sides describe, one plan is agreed, groups open. `supply` ends and replaces lost generators.
 
-        Raises PlanError for contradicting descriptions, RefitFailed or TransportError with the cause when a rank fails
-        or does not answer within `refit.timeout_s`. Nothing is left open then.
+        Generators that die on the way are left out. Raises PlanError for contradicting descriptions, RefitFailed or
+        TransportError with the cause when a rank fails or does not answer within `refit.timeout_s`, and then nothing
+        is left open.
         """
-        address = _control_address(config)
-        control = ControlStore.host(address, config.cluster.port, run_id=secrets.token_hex(8))
+        host = ControlStore.host(_control_address(config), config.cluster.port, run_id=secrets.token_hex(8))
+        coordinator = cls(config, host, trainers, generators, supply)
         try:
-            calls = _prepare_calls(config, control, trainers, generators)
-            terms = _terms(config)
-            plan, _ = _together(
-                control, calls, "prepare", lambda: agree_on_plan(control, terms), terms.timeout_s
-            )
+            coordinator._repeat(coordinator._prepared)
         except BaseException:
-            control.close()
+            host.close()
             raise
-        return cls(control, plan, trainers, generators, terms.timeout_s)
+        return coordinator
+
+    @property
+    def plan(self) -> Plan:
+        """The plan of the replicas that took part in the last prepare."""
+        return self._require_session().plan
+
+    @property
+    def plan_record(self) -> PlanRecord:
+        """The same plan, summed up by link."""
+        return self._require_session().plan_record
+
+    def serving(self) -> dict[str, Any]:
+        """{name: actor} of every replica that serves the newest version; the only ones to be asked to generate."""
+        return self._roster.named(self._roster.fleet.serving)
+
+    def states(self) -> dict[str, str]:
+        """{name: state} of every replica."""
+        return self._roster.fleet.states()
+
+    def leave_out(self, answers: Answers, phase: str) -> tuple[str, ...]:
+        """Leave out the generators that died, fell silent or can serve no more, by how their calls ended; names them.
+
+        Raises TrainerLost if a trainer was lost: nothing can go on without it.
+        """
+        lost = self._roster.leave_out(answers, phase, self._probe_s)
+        self._stale = self._stale or bool(lost)
+        return lost
+
+    def reopen(self) -> None:
+        """Let the next refit begin with a new prepare, for example after parameters were made anew."""
+        self._stale = True
 
     def refit(self, version: int) -> RefitRecord:
         """Bring `version` to all engines. Returns a record; `committed` is False when digests disagreed, and then the
-        old version keeps serving. Raises RefitFailed or TransportError when a rank failed or hung.
+        old version keeps serving.
+
+        A generator that dies, hangs or breaks is left out and the rest are refitted; a round that failed without a
+        loss is repeated `refit.retries` times. Replaced generators that are ready join here. Raises RefitFailed or
+        TransportError when a trainer is lost, no generator is left, or the rounds are used up.
         """
-        self._attempt += 1
-        attempt, started_s = self._attempt, time.monotonic()
-        calls = {
-            f"train rank {k}": actor.refit.remote(version, attempt) for k, actor in self._each(self._trainers)
-        }
-        calls |= {
-            f"generator {k}": actor.stage.remote(version, attempt)
-            for k, actor in self._each(self._generators)
-        }
-        (reports, reason), _ = _together(
-            self._control, calls, "refit", lambda: self._decide(attempt), self._timeout_s
-        )
-        staged_s = time.monotonic()
-        finishing = {
-            f"generator {k}": actor.finish.remote(version, attempt)
-            for k, actor in self._each(self._generators)
-        }
-        versions = collect(finishing, "commit", self._timeout_s)
-        _require_version(versions, version, committed=not reason)
-        done_s = time.monotonic()
-        driver = {"stage": staged_s - started_s, "commit": done_s - staged_s}
-        return self._record(version, reports, reason, driver)
+        record = self._refit(version)
+        return replace(record, replicas=self.states(), incidents=self._roster.take_incidents())
+
+    def _refit(self, version: int) -> RefitRecord:
+        self._stale = self._roster.admit(BUILD_TIMEOUT_S) or self._stale
+        for _ in range(self._config.refit.retries + 1):
+            record = self._repeat(lambda: self._round(version))
+            if record.committed:
+                return record
+            self._roster.note(f"discarded: {record.reason}")
+        if not self._left_out_for(self._blamed, record.reason):
+            return record
+        return self._repeat(lambda: self._round(version))
 
     def verify(self) -> VerifyReport:
         """Audit every engine's live memory against the trainers' weights as they are now. Moves no weights."""
+        session = self._require_session()
         self._num_audits += 1
         audit = str(self._num_audits)
-        calls = {f"train rank {k}": actor.verify_digests.remote() for k, actor in self._each(self._trainers)}
-        calls |= {f"generator {k}": actor.audit.remote(audit) for k, actor in self._each(self._generators)}
-        answers = collect(calls, "verify", self._timeout_s)
-        trainers = [{"digests": answers[f"train rank {k}"]} for k, _ in self._each(self._trainers)]
-        audits: list[Any] = [
-            self._control.get(f"audit/{audit}/{gen_rank}", self._timeout_s)
-            for gen_rank in range(self.plan.num_gen)
-        ]
+        calls = {who: actor.verify_digests.remote() for who, actor in self._trainers.items()}
+        calls |= {who: actor.audit.remote(audit) for who, actor in self.serving().items()}
+        answers = gather(calls, "verify", self._timeout_s, settle_s=self._timeout_s)
+        if answers.cause is not None or answers.silent:
+            lost = self.leave_out(answers, "verify")
+            if not lost or not self.serving() or not self._trainers.keys() <= answers.results.keys():
+                raise RefitFailed(answers.cause or Failure("verify", "coordinator", "no answer"))
+        trainers = [{"digests": answers.results[who]} for who in self._trainers]
+        audited = {
+            gen_rank: self._audit_of(session, audit, gen_rank)
+            for gen_rank in session.gen_ranks(self._roster.fleet.serving)
+        }
         mismatches: list[Mismatch] = []
-        for gen_rank, audited in enumerate(audits):
-            sent = sent_digests(trainers, self.plan.num_train + gen_rank)
-            live = audited["digests"]
+        for gen_rank, found in audited.items():
+            sent = sent_digests(trainers, session.plan.num_train + gen_rank)
+            live = found["digests"]
             mismatches += compare(gen_rank, {name: sent[name] for name in sent if name in live}, live)
-        changed = tuple((rank, name) for rank, audited in enumerate(audits) for name in audited["changed"])
-        return VerifyReport(
-            tuple(sorted(mismatches, key=str)), changed, tuple(a["params_sha256"] for a in audits)
-        )
+        changed = tuple((rank, name) for rank, found in audited.items() for name in found["changed"])
+        hashes = tuple(found["params_sha256"] for found in audited.values())
+        return VerifyReport(tuple(sorted(mismatches, key=str)), changed, hashes)
 
     def close(self) -> None:
         """Give the control store up. The actors are the cluster's."""
-        self._control.close()
+        self._host.close()
 
-    def _decide(self, attempt: int) -> tuple[dict[int, Any], str]:
-        reports = collect_reports(self._control, self.plan, attempt, self._timeout_s)
-        mismatches = mismatches_of(self.plan, reports)
-        reason = describe_mismatches(mismatches)
-        self._control.put(decision_key(attempt), {"commit": not mismatches, "reason": reason})
-        return reports, reason
+    @property
+    def _timeout_s(self) -> float:
+        return self._config.refit.timeout_s
 
-    def _record(
-        self, version: int, reports: Mapping[int, Any], reason: str, driver: Mapping[str, float]
-    ) -> RefitRecord:
-        phases = sorted({phase for report in reports.values() for phase in report["seconds"]})
-        slowest = {
-            phase: max(report["seconds"].get(phase, 0.0) for report in reports.values()) for phase in phases
-        }
-        bulk_bytes, misc_bytes = self.plan.bulk_bytes, self.plan.misc_bytes
-        return RefitRecord(
-            version=version,
-            attempt=self._attempt,
-            seconds={**slowest, **driver},
-            total_s=sum(driver.values()),
-            bulk_bytes=bulk_bytes,
-            misc_bytes=misc_bytes,
-            bulk_share=bulk_bytes / (bulk_bytes + misc_bytes),
-            wire_bytes=sum(report["bytes_sent"] for report in reports.values()),
-            peak_extra_bytes=max(report["peak_extra_bytes"] for report in reports.values()),
-            committed=not reason,
-            reason=reason,
+    @property
+    def _probe_s(self) -> float:
+        return settle_s(self._timeout_s)
+
+    def _require_session(self) -> Session:
+        assert self._session is not None, "a coordinator is made by prepare()"
+        return self._session
+
+    def _audit_of(self, session: Session, audit: str, gen_rank: int) -> Any:
+        return session.control.get(f"audit/{audit}/{gen_rank}", self._timeout_s)
+
+    def _repeat[T](self, attempt: Callable[[], T]) -> T:
+        """Until it succeeds: each failure must have cost a generator, which is then left out, or uses up a retry."""
+        retries = self._config.refit.retries
+        while True:
+            try:
+                return attempt()
+            except _Lost:
+                continue
+            except TrainerLost:
+                raise
+            except (RefitFailed, TransportError) as error:
+                self._stale = True
+                if retries > 0:
+                    retries -= 1
+                    self._roster.note(f"repeated after: {error}")
+                elif not self._left_out_for(self._replicas_behind(error), str(error)):
+                    raise
+
+    def _left_out_for(self, blamed: Collection[int], reason: str) -> bool:
+        """Leave out those whose fault it is again and again. False if that is nobody, or would leave nobody."""
+        members = self._roster.fleet.members
+        if not blamed or set(blamed) >= set(members):
+            return False
+        for replica in blamed:
+            self._roster.drop(replica, reason)
+        self._stale = True
+        return True
+
+    def _replicas_behind(self, error: Exception) -> tuple[int, ...]:
+        """The member that a failure names as the one it happened to."""
+        if not isinstance(error, RefitFailed) or self._session is None:
+            return ()
+        session = self._session
+        replica = replica_of(error.failure.who, session.replicas, session.workers_per_replica)
+        return (replica,) if replica in self._roster.fleet.members else ()
+
+    def _prepared(self) -> Session:
+        """The open session, or a new one for the replicas that are members now."""
+        if self._session is not None and not self._stale:
+            return self._session
+        self._num_sessions += 1
+        members = self._roster.fleet.members
+        if not members:
+            raise RefitFailed(Failure("prepare", "coordinator", f"no generator is left: {self.states()}"))
+        control = self._host.under(f"{self._host.run_id}-{self._num_sessions}")
+        calls = prepare_calls(self._config, control, self._trainers, self._roster.named(members))
+        terms = terms_of(self._config, len(members))
+        joint = together(control, calls, "prepare", lambda: agree_on_plan(control, terms), self._timeout_s)
+        if joint.cause is not None:
+            self._give_up(joint, "prepare")
+        assert joint.result is not None, "without a cause there is a plan"
+        size = self._config.generation.workers_per_replica
+        self._session = Session(control, joint.result, record_plan(joint.result), tuple(members), size)
+        self._stale = False
+        return self._session
+
+    def _give_up(self, joint: Joint[Any], phase: str) -> NoReturn:
+        """Leave out who was lost and raise: _Lost if somebody was, else what ended the protocol."""
+        cause = joint.cause
+        assert cause is not None, "nothing failed"
+        lost = self.leave_out(joint.answers, phase)
+        raise _Lost if lost else cause
+
+    def _round(self, version: int) -> RefitRecord:
+        """One attempt: stage, decide, commit or discard on every member."""
+        session = self._prepared()
+        self._attempt += 1
+        attempt, started_s = self._attempt, time.monotonic()
+        fleet = self._roster.fleet
+        fleet.begin(version)
+        calls = {who: actor.refit.remote(version, attempt) for who, actor in self._trainers.items()}
+        staging = self._roster.named(fleet.members)
+        calls |= {who: actor.stage.remote(version, attempt) for who, actor in staging.items()}
+        joint = together(
+            session.control, calls, "refit", lambda: self._decide(session, attempt, version), self._timeout_s
         )
+        staged_s = time.monotonic()
+        staged = {who: actor for who, actor in staging.items() if who in joint.answers.results}
+        halt_s = self._finish(version, attempt, staged, joint)
+        if joint.result is None:
+            self._give_up(joint, "refit")
+        decided = joint.result
+        driver = {
+            "pause": 0.0,
+            "stage": staged_s - started_s - decided.seconds,
+            "verify": decided.seconds,
+            "commit": time.monotonic() - staged_s,
+            "halt": halt_s,
+        }
+        finished = finished_reports(session.control, session.plan, attempt)
+        seen = Round(
+            version, attempt, decided.reports, finished, decided.num_differing, decided.reason, driver
+        )
+        return record_round(session.plan_record, seen)
 
-    @staticmethod
-    def _each(actors: Sequence[Any]) -> list[tuple[int, Any]]:
-        return list(enumerate(actors))
+    def _finish(self, version: int, attempt: int, staged: Mapping[str, Any], joint: Joint[_Decided]) -> float:
+        """Let those that have staged carry the decision out; without one they discard. Updates every state.
+
+        Returns the longest time that a replica sampled no token for it, in seconds. Raises _Lost when nobody committed
+        what was decided, TransportError when some serve the old version still.
+        """
+        commit = joint.result is not None and not joint.result.reason
+        calls = {who: actor.finish.remote(version, attempt) for who, actor in staged.items()}
+        answers = gather(calls, "commit", 2 * self._timeout_s, settle_s=self._probe_s)
+        self._roster.settle(version, answers.results, commit)
+        self.leave_out(answers, "commit")
+        if joint.result is not None and joint.cause is not None:
+            self._roster.note(f"after the decision, which stands: {joint.cause}")
+            self.leave_out(joint.answers, "refit")
+        if commit:
+            self._require_committed(version, answers.cause)
+        return max((halt_s for _, halt_s in answers.results.values()), default=0.0)
+
+    def _require_committed(self, version: int, cause: Failure | None) -> None:
+        """Raises _Lost if nobody is left who could commit, TransportError if some serve an old version still."""
+        fleet = self._roster.fleet
+        behind = [name_of(replica) for replica in fleet.members if fleet.state(replica).version != version]
+        if behind:
+            raise TransportError(
+                f"version {version} was to be committed, but {', '.join(behind)} did not, and serves as before: {cause}"
+            )
+        if not fleet.members:
+            raise _Lost
+
+    def _decide(self, session: Session, attempt: int, version: int) -> _Decided:
+        reports = collect_reports(session.control, session.plan, attempt, version, self._timeout_s)
+        collected_s = time.monotonic()
+        mismatches = mismatches_of(session.plan, reports)
+        reason = describe_mismatches(mismatches)
+        size = session.workers_per_replica
+        self._blamed = tuple(sorted({session.replicas[wrong.gen_rank // size] for wrong in mismatches}))
+        session.control.put(decision_key(attempt), {"commit": not mismatches, "reason": reason})
+        return _Decided(reports, len(mismatches), reason, time.monotonic() - collected_s)
+
+
+class _Lost(Exception):  # noqa: N818 - not an error: the round goes on without them
+    """Generators were left out; the round is to be repeated for the rest."""
 
 
 def _control_address(config: JobConfig) -> str:
     """Loopback for a Ray of our own; on an existing cluster this node's address, which its other nodes reach."""
     return "127.0.0.1" if config.cluster.address is None else str(ray.util.get_node_ip_address())
-
-
-def whitelist_of(config: JobConfig) -> tuple[str, ...]:
-    """Patterns of tensors that may be bulk. The conventional refit is the same path with none: all tensors are misc."""
-    if not config.policy.nccl_xfer_refit:
-        return ()
-    if not config.refit.force_misc:
-        return DEFAULT_WHITELIST
-    excluded = "|".join(f"(?:{pattern})" for pattern in config.refit.force_misc)
-    return tuple(rf"(?!(?:{excluded})\Z)(?:{pattern})" for pattern in DEFAULT_WHITELIST)
-
-
-def _terms(config: JobConfig) -> Terms:
-    return Terms(
-        num_train=config.policy.world_size,
-        num_gen=config.generation.world_size,
-        options=PlanOptions(bucket_bytes=config.refit.buffer_bytes, whitelist=whitelist_of(config)),
-        backend=config.refit.backend,
-        bulk=config.refit.bulk,
-        num_streams=config.refit.num_streams,
-        timeout_s=config.refit.timeout_s,
-    )
-
-
-def _prepare_calls(
-    config: JobConfig, control: ControlStore, trainers: Sequence[Any], generators: Sequence[Any]
-) -> dict[str, Any]:
-    store, timeout_s = f"{control.address}:{control.port}", config.refit.timeout_s
-    calls = {
-        f"train rank {rank}": actor.prepare_refit.remote(store, control.run_id, timeout_s)
-        for rank, actor in enumerate(trainers)
-    }
-    for replica, actor in enumerate(generators):
-        init_info = {
-            "action": "prepare",
-            "store": store,
-            "run_id": control.run_id,
-            "first_gen_rank": replica * config.generation.workers_per_replica,
-            "replica": replica,
-            "timeout_s": timeout_s,
-        }
-        calls[f"generator {replica}"] = actor.prepare_refit.remote(init_info)
-    return calls
-
-
-def _together[T](
-    control: ControlStore, calls: Mapping[str, Any], phase: str, protocol: Callable[[], T], timeout_s: float
-) -> tuple[T, dict[str, Any]]:
-    """Run the coordinator's share of a protocol beside the actors' calls, waiting on both sides at once.
-
-    Whoever fails first ends it for all: an actor's failure is told to the control store, which frees this side and the
-    other ranks; a failure of the protocol itself is told to the ranks, whose calls then end.
-    """
-    with ThreadPoolExecutor(1, thread_name_prefix=f"refit-{phase}") as pool:
-        answer = pool.submit(_telling, control, phase, protocol)
-        try:
-            results = collect(calls, phase, timeout_s)
-        except RefitFailed as error:
-            failure = error.failure
-            control.fail(failure.phase, failure.who, failure.message)
-            own = answer.exception()
-            if own is not None and not isinstance(own, RefitFailed):
-                raise own from None
-            raise
-        except TransportError as error:
-            raise RefitFailed(control.fail(phase, "coordinator", str(error))) from error
-        return answer.result(), results
-
-
-def _telling[T](control: ControlStore, phase: str, protocol: Callable[[], T]) -> T:
-    try:
-        return protocol()
-    except RefitFailed:
-        raise
-    except Exception as error:
-        control.fail(phase, "coordinator", str(error))
-        raise
-
-
-def _require_version(versions: Mapping[str, int], version: int, committed: bool) -> None:
-    """Every engine must serve `version` after a commit, and must not after a discard."""
-    for who, serving in versions.items():
-        if (serving == version) != committed:
-            word = "committed" if committed else "discarded"
-            message = f"version {version} was {word}, but this engine says that it serves version {serving}"
-            raise RefitFailed(Failure("commit", who, message))

@@ -5,6 +5,7 @@ Each entry point calls `check`. The rules are in `refit.service.gate_rules`.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import socket
 from collections.abc import Mapping
@@ -14,6 +15,7 @@ from typing import Any
 from refit.plan.errors import ConfigError
 from refit.service.config import JobConfig
 from refit.service.gate_model import read_facts
+from refit.service.gate_precision import precisions
 from refit.service.gate_rules import RULES, Case, Environment, sizes
 from refit.train_side.tiny_models import TINY_MODELS
 
@@ -26,7 +28,7 @@ def check(config: JobConfig, model_config: Mapping[str, Any] | None, environment
     `model_config` is what `read_model_config` found; None stands for a folder without a readable config.
     """
     case = Case(config, None if model_config is None else read_facts(model_config), environment)
-    found = list(sizes(case)) or [violation for rule in RULES for violation in rule(case)]
+    found = list(sizes(case)) or [violation for rule in (*RULES, precisions) for violation in rule(case)]
     if found:
         lines = "".join(f"\n  - {violation}" for violation in found)
         word = "setting" if len(found) == 1 else "settings"
@@ -56,6 +58,7 @@ def inspect_machine(config: JobConfig) -> Environment:
         torch.cuda.device_count(),
         taken,
         cluster_answers=config.cluster.address is None or _answers(config.cluster.address),
+        has_nixl=importlib.util.find_spec("nixl") is not None,
     )
 
 

@@ -12,10 +12,14 @@ from refit.service.gate_model import ModelFacts
 from refit.service.grpo.tasks import TASKS
 from refit.service.memory import needed_bytes
 from refit.train_side.tiny_models import TINY_MODELS
+from refit.transfer.precision.checkpoint import QUANTIZATIONS
+from refit.transfer.protocol import CUDA_IPC, NIXL, TRANSPORTS
 
 PRECISIONS = ("bf16", "fp32")
+GEN_PRECISIONS = (*PRECISIONS, *QUANTIZATIONS)
 BACKENDS = ("gloo", "nccl")
 BULKS = ("p2p", "golden")
+PLACEMENTS = ("PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD")
 CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 MIN_BUFFER_BYTES = 2**16
 MAX_STREAMS = 32
@@ -48,6 +52,7 @@ class Environment:
     num_cuda_devices: int
     taken_ports: tuple[int, ...]
     cluster_answers: bool = True
+    has_nixl: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,13 +95,17 @@ def sizes(case: Case) -> Iterator[Violation]:
         ("policy.kl_coef", config.policy.kl_coef),
         ("cluster.num_cpus", config.cluster.num_cpus),
         ("cluster.min_free_memory_bytes", config.cluster.min_free_memory_bytes),
+        ("cluster.restart_generators", config.cluster.restart_generators),
+        ("refit.retries", config.refit.retries),
         ("refit.verify_every", config.refit.verify_every),
+        ("grpo.checkpoint_every", config.grpo.checkpoint_every),
+        ("grpo.max_staleness", config.grpo.max_staleness),
         ("grpo.task_seed", config.grpo.task_seed),
     ):
         yield from _within(key, value, 0, None)
     yield from _within("cluster.port", config.cluster.port, 0, 2**16 - 1)
     yield from _within("refit.buffer_bytes", config.refit.buffer_bytes, MIN_BUFFER_BYTES, None)
-    yield from _within("refit.num_streams", config.refit.num_streams, 1, MAX_STREAMS)
+    yield from _within("refit.num_streams", config.num_streams, 1, MAX_STREAMS)
     yield from _within("refit.timeout_s", config.refit.timeout_s, 1.0, None)
     yield from _within("policy.lr", config.policy.lr, 0.0, 1.0)
     if not 0.0 < config.policy.clip_ratio < 1.0:
@@ -110,9 +119,13 @@ def names(case: Case) -> Iterator[Violation]:
     config = case.config
     for key, value, known in (
         ("policy.precision", config.policy.precision, PRECISIONS),
-        ("generation.precision", config.generation.precision, PRECISIONS),
+        ("generation.precision", config.generation.precision, GEN_PRECISIONS),
         ("refit.backend", config.refit.backend, BACKENDS),
         ("refit.bulk", config.refit.bulk, BULKS),
+        ("refit.pause", config.refit.pause, ("wait", "abort", "keep")),
+        ("refit.kv_cache", config.refit.kv_cache, ("clear", "keep")),
+        ("cluster.placement", config.cluster.placement, PLACEMENTS),
+        ("refit.transport", config.refit.transport, TRANSPORTS),
         ("grpo.task", config.grpo.task, tuple(TASKS)),
     ):
         if value not in known:
@@ -319,7 +332,13 @@ def _generator_experts(case: Case) -> Iterator[Violation]:
 
 
 def machine(case: Case) -> Iterator[Violation]:
-    """Ports, devices and memory of this machine. Devices and memory of an existing cluster are Ray's to judge."""
+    """Ports, packages, devices and memory of this machine. Those of an existing cluster are Ray's to judge."""
+    if case.config.refit.transport == NIXL and not case.environment.has_nixl:
+        remedy = "Install nixl and nixl-cu13, or use process_group"
+        yield Violation("refit.transport", NIXL, "the package nixl is not installed", remedy)
+    if case.config.refit.transport == CUDA_IPC and case.on_cpu:
+        remedy = "Use process_group or nixl"
+        yield Violation("refit.transport", CUDA_IPC, "this machine has no CUDA device to share", remedy)
     cluster, backend = case.config.cluster, case.config.refit.backend
     if cluster.port in case.environment.taken_ports:
         remedy = "Choose another, or 0 for any free one"

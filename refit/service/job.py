@@ -9,22 +9,26 @@ import os
 import platform
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TextIO
 
 from refit.plan.errors import ConfigError
 from refit.service import gate
+from refit.service.checkpoint import way_out
 from refit.service.cluster import ENVIRONMENT, Cluster
 from refit.service.config import JobConfig
 from refit.service.coordinator import Coordinator
 from refit.service.grpo.loop import GrpoLoop
+from refit.service.grpo.sampling import Sampler
 from refit.service.grpo.tasks import Task, open_codec
+from refit.service.metrics import JobMetrics, metrics_address
 from refit.service.progress import JobProgress
 from refit.service.record import RunRecord, StepRecord, summarize
-from refit.service.waiting import collect
 from refit.train_side.tiny_models import TINY_MODELS, make_tiny_model
+from refit.transfer.errors import Failure, RefitFailed, TransportError
+from refit.transfer.precision.checkpoint import QUANTIZATIONS, quantize_checkpoint
 
 BUILD_TIMEOUT_S = 600.0
 CONFIG_FILE = "config.json"
@@ -48,22 +52,25 @@ def run_job(config: JobConfig, command: tuple[str, ...], stream: TextIO) -> dict
         model_dir = _model_dir(config, run_dir)
         codec = open_codec(model_dir, model_config)
         with running_job(config, model_dir, run_dir, progress) as (cluster, coordinator):
-            record = RunRecord.open(run_dir)
+            record = RunRecord.open(run_dir, JobMetrics())
+            progress.say(f"metrics: {metrics_address()}")
             loop = GrpoLoop(
                 config,
                 cluster.named_trainers(),
-                cluster.named_generators(),
                 coordinator,
                 task.result(),
                 codec,
+                Sampler(config, coordinator, task.result(), codec),
                 record,
+                progress.say,
             )
             with progress.stepping(config.grpo.steps) as on_step:
-                steps = loop.run(on_step)
-            if config.grpo.save_checkpoint:
-                _save(cluster, config, run_dir / "checkpoint")
+                steps = _run_to_the_end(loop, on_step, run_dir)
     summary = _summary(config, steps, coordinator, run_dir, time.monotonic() - started_s)
-    record.finish(summary)
+    try:
+        record.finish(summary)
+    except OSError as error:
+        print(f"refit: the summary could not be written: {error}", file=stream)
     return summary
 
 
@@ -79,10 +86,11 @@ def running_job(
             cluster = Cluster.open(config, run_dir / "logs")
         num_actors = len(cluster.named_actors())
         with progress.waiting("build trainers and engines", num_actors) as tick:
-            built = cluster.build(str(model_dir), BUILD_TIMEOUT_S, tick)
+            engine_dir = _engine_dir(config, model_dir, run_dir)
+            built = cluster.build(str(model_dir), BUILD_TIMEOUT_S, tick, str(engine_dir))
         progress.say("built: " + ", ".join(f"{who} {seconds:.1f} s" for who, seconds in built.items()))
         with progress.waiting("prepare the refit", num_actors):
-            coordinator = Coordinator.prepare(config, cluster.trainers, cluster.generators)
+            coordinator = Coordinator.prepare(config, cluster.trainers, cluster.generators, cluster)
         plan = coordinator.plan
         progress.say(
             f"plan {plan.digest[:12]}: bulk {plan.bulk_bytes} bytes, misc {plan.misc_bytes} bytes, "
@@ -129,9 +137,28 @@ def _model_dir(config: JobConfig, run_dir: Path) -> Path:
     return make_tiny_model(config.policy.model, run_dir / "model", seed=config.policy.seed, dtype=dtype)
 
 
-def _save(cluster: Cluster, config: JobConfig, folder: Path) -> None:
-    pending = {who: actor.save.remote(str(folder)) for who, actor in cluster.named_trainers().items()}
-    collect(pending, "save", config.refit.timeout_s)
+def _engine_dir(config: JobConfig, model_dir: Path, run_dir: Path) -> Path:
+    """The checkpoint as engines of `generation.precision` store it; a quantized one is made here."""
+    if config.generation.precision not in QUANTIZATIONS:
+        return model_dir
+    return quantize_checkpoint(model_dir, run_dir / "engine-model", config.generation.precision)
+
+
+def _run_to_the_end(
+    loop: GrpoLoop, on_step: Callable[[StepRecord], None], run_dir: Path
+) -> tuple[StepRecord, ...]:
+    """All steps and the last checkpoint. A failure is raised with what is left to go on from."""
+    try:
+        steps = loop.run(on_step)
+        if loop.config.grpo.save_checkpoint:
+            loop.checkpoint(loop.config.grpo.steps)
+    except (RefitFailed, TransportError) as error:
+        failure = (
+            error.failure if isinstance(error, RefitFailed) else Failure("job", "coordinator", str(error))
+        )
+        message = f"{failure.message}; {way_out(run_dir)}"
+        raise RefitFailed(Failure(failure.phase, failure.who, message)) from error
+    return steps
 
 
 def _headline(config: JobConfig, run_dir: Path) -> str:

@@ -18,7 +18,7 @@ GEN_BYTES_PER_PARAM = 6
 
 def needed_bytes(config: JobConfig, num_params: int) -> int:
     """Peak of all processes of the job. Weights count once per data-parallel copy and once per replica."""
-    train = config.policy.world_size * (TRAIN_RANK_BYTES + 2 * config.refit.num_streams * MIB)
+    train = config.policy.world_size * (TRAIN_RANK_BYTES + 2 * config.num_streams * MIB)
     train += config.policy.data_parallel * num_params * TRAIN_BYTES_PER_PARAM
     workers = config.generation.world_size if config.generation.workers_per_replica > 1 else 0
     gen = config.generation.replicas * (ENGINE_BYTES + num_params * GEN_BYTES_PER_PARAM)

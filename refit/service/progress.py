@@ -19,6 +19,7 @@ from rich.progress import (
     SpinnerColumn,
     TextColumn,
     TimeElapsedColumn,
+    TimeRemainingColumn,
 )
 
 from refit.service.record import StepRecord
@@ -49,6 +50,7 @@ class JobProgress:
             BarColumn(),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
+            TimeRemainingColumn(elapsed_when_finished=True),
         )
         with Progress(*columns, console=console, transient=True) as bars:
             yield cls(console, bars)
@@ -88,9 +90,11 @@ class JobProgress:
     def stepping(self, num_steps: int) -> Iterator[Callable[[StepRecord], None]]:
         """The training loop. Gives the function to call with each finished step."""
         task = self._bars.add_task("training", total=num_steps) if self._bars is not None else None
+        started_s = time.monotonic()
 
         def stepped(record: StepRecord) -> None:
-            self.say(step_line(record))
+            left_s = remaining_s(record.step, num_steps, time.monotonic() - started_s)
+            self.say(step_line(record) + (f"  left {clock_time(left_s)}" if left_s else ""))
             if self._bars is not None and task is not None:
                 self._bars.update(task, completed=min(record.step, num_steps))
 
@@ -99,6 +103,18 @@ class JobProgress:
         finally:
             if self._bars is not None and task is not None:
                 self._bars.remove_task(task)
+
+
+def remaining_s(num_done: int, num_steps: int, elapsed_s: float) -> float:
+    """Seconds that the steps left will take if they are like those done."""
+    return elapsed_s / num_done * max(0, num_steps - num_done)
+
+
+def clock_time(seconds: float) -> str:
+    """For example "2:05" or "1:00:07"."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
 def step_line(record: StepRecord) -> str:

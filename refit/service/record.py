@@ -1,4 +1,6 @@
-"""What a run leaves behind: one JSON line per step, TensorBoard scalars, and the summary that ends standard output."""
+"""What a run leaves behind: one JSON line per step and per refit, each plan by link, TensorBoard scalars, and the
+summary that ends standard output.
+"""
 
 from __future__ import annotations
 
@@ -10,11 +12,15 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
+
+from refit.service.refit_record import PlanRecord, RefitRecord
 
 REWARD_WINDOW_STEPS = 5
 STEPS_FILE = "steps.jsonl"
 SUMMARY_FILE = "summary.json"
+REFITS_FILE = "refits.jsonl"
+PLANS_FOLDER = "plans"
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +36,7 @@ class TrainRecord:
 
 @dataclass(frozen=True, slots=True)
 class RefitStepRecord:
-    """One refit of a step: the version it brought, seconds by phase, bytes by class, and the audit if there was one."""
+    """What a step says of its refit: the numbers of its RefitRecord that are worth a curve, and the audit if any."""
 
     version: int
     total_s: float
@@ -39,11 +45,27 @@ class RefitStepRecord:
     misc_bytes: int
     bulk_share: float
     verified: bool | None
+    wire_bytes: int = 0
+    bound_ratio: float = 1.0
+    peak_extra_bytes: int = 0
+    staged_bytes: int = 0
+    straggler: str = ""
+    straggler_s: float = 0.0
+    digests_compared: int = 0
+
+    @classmethod
+    def of(cls, refit: RefitRecord, verified: bool | None) -> RefitStepRecord:
+        """The short form of `refit`."""
+        names = {key.name for key in dataclasses.fields(cls)} - {"verified"}
+        return cls(verified=verified, **{name: getattr(refit, name) for name in names})
 
 
 @dataclass(frozen=True, slots=True)
 class StepRecord:
     """One step. `weight_version` sampled the rollout, so reward and generation KL judge the refit that brought it.
+
+    It is the oldest one of the rollout, `staleness` versions behind the policy that trained on it; `mixed_samples` says
+    how many samples have tokens of several versions.
 
     The last record of a run has `train` and `refit` None: a rollout that judges the last refit.
     """
@@ -61,24 +83,36 @@ class StepRecord:
     seconds: Mapping[str, float] = field(default_factory=dict)
     train: TrainRecord | None = None
     refit: RefitStepRecord | None = None
+    staleness: int = 0
+    mixed_samples: int = 0
+
+
+class Metrics(Protocol):
+    """Who else wants to hear of every record; `refit.service.metrics.JobMetrics` is one."""
+
+    def add_refit(self, refit: RefitRecord) -> None: ...
+
+    def add_step(self, step: StepRecord) -> None: ...
 
 
 class RunRecord:
     """The files of one run folder; `steps` are the records so far."""
 
-    def __init__(self, run_dir: Path, writer: Any) -> None:
+    def __init__(self, run_dir: Path, writer: Any, metrics: Metrics | None) -> None:
         self.run_dir = run_dir
         self.steps: list[StepRecord] = []
         self._writer = writer
+        self._metrics = metrics
 
     @classmethod
-    def open(cls, run_dir: Path) -> RunRecord:
-        """Start empty files in `run_dir`, which is made if need be."""
+    def open(cls, run_dir: Path, metrics: Metrics | None = None) -> RunRecord:
+        """Start empty files in `run_dir`, which is made if need be. `metrics` hears of every record too."""
         from torch.utils.tensorboard import SummaryWriter
 
         run_dir.mkdir(parents=True, exist_ok=True)
-        (run_dir / STEPS_FILE).write_text("")
-        return cls(run_dir, SummaryWriter(str(run_dir / "tensorboard")))  # type: ignore[no-untyped-call]
+        for name in (STEPS_FILE, REFITS_FILE):
+            (run_dir / name).write_text("")
+        return cls(run_dir, SummaryWriter(str(run_dir / "tensorboard")), metrics)  # type: ignore[no-untyped-call]
 
     def add(self, record: StepRecord) -> None:
         """Append one step to the file, on disk before this returns, and to TensorBoard."""
@@ -88,6 +122,19 @@ class RunRecord:
         for name, value in scalars(record).items():
             self._writer.add_scalar(name, value, record.step)
         self._writer.flush()
+        if self._metrics is not None:
+            self._metrics.add_step(record)
+
+    def add_refit(self, refit: RefitRecord, plan: PlanRecord) -> None:
+        """Append one refit, committed or not, with its plan if that is a new one; on disk before this returns."""
+        plan_file = self.run_dir / PLANS_FOLDER / f"{plan.digest}.json"
+        if not plan_file.exists():
+            plan_file.parent.mkdir(exist_ok=True)
+            plan_file.write_text(json.dumps(dataclasses.asdict(plan)) + "\n")
+        with (self.run_dir / REFITS_FILE).open("a") as stream:
+            stream.write(json.dumps(dataclasses.asdict(refit)) + "\n")
+        if self._metrics is not None:
+            self._metrics.add_refit(refit)
 
     def finish(self, summary: Mapping[str, Any]) -> None:
         (self.run_dir / SUMMARY_FILE).write_text(json.dumps(summary, indent=2) + "\n")
@@ -106,7 +153,7 @@ def scalars(record: StepRecord) -> dict[str, float]:
             for key, inner in value.items():
                 walk(f"{prefix}/{key}" if prefix else str(key), inner)
         elif isinstance(value, int | float) and prefix != "step":
-            found[prefix] = float(value)
+            found[prefix] = float(value)  # words, such as the straggler's name, have no curve
 
     walk("", dataclasses.asdict(record))
     return found

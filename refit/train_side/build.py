@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import socket
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -25,6 +26,15 @@ class BuiltModel:
     vocab_size: int
 
 
+def _meeting_store(init_address: str, rank: int, world_size: int, timeout_s: float) -> dist.Store:
+    """The trainers' own store. Rank 0 serves it at this address only; by itself torch would on all interfaces."""
+    host, _, port = init_address.rpartition(":")
+    listen_fd = socket.create_server((host, int(port))).detach() if rank == 0 else None
+    return dist.TCPStore(
+        host, int(port), world_size, rank == 0, timedelta(seconds=timeout_s), master_listen_fd=listen_fd
+    )
+
+
 def open_process_groups(
     parallel: TrainParallel, rank: int, world_size: int, init_address: str, timeout_s: float
 ) -> None:
@@ -40,7 +50,7 @@ def open_process_groups(
         torch.cuda.set_device(rank % torch.cuda.device_count())
     dist.init_process_group(
         "nccl" if torch.cuda.is_available() else "gloo",
-        init_method=f"tcp://{init_address}",
+        store=_meeting_store(init_address, rank, world_size, timeout_s),
         rank=rank,
         world_size=world_size,
         timeout=timedelta(seconds=timeout_s),

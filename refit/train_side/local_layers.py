@@ -13,6 +13,8 @@ from dataclasses import replace
 from typing import Any
 from unittest import mock
 
+import torch
+
 
 def spec_settings(provider: Any) -> dict[str, Any]:
     """The provider fields that make it build local layers."""
@@ -70,6 +72,7 @@ def without_transformer_engine() -> Iterator[None]:
         mock.patch.object(gpt_provider, "mtp_block_spec", mtp_spec),
         mock.patch.object(hybrid_block, "TENorm", WrappedTorchNorm),
         mock.patch.object(model_specs, "Norm", WrappedTorchNorm),
+        mock.patch.object(WrappedTorchNorm, "__new__", _torch_norm(WrappedTorchNorm.__new__)),
     ):
         yield
 
@@ -80,6 +83,32 @@ def _duplicated_linear() -> type:
     from megatron.core.post_training.modelopt.layers import Linear
 
     return type("TELinear", (Linear,), {})
+
+
+def _torch_norm(plain: Any) -> Any:
+    """Megatron's choice of a torch norm, and a norm of its own where weights count from one (Gemma, Nemotron)."""
+
+    def make(cls: type, config: Any, hidden_size: int, *args: Any, **kwargs: Any) -> Any:
+        if config.layernorm_zero_centered_gamma:
+            return ZeroCenteredNorm(hidden_size, kwargs.get("eps", 1e-5), config.normalization == "LayerNorm")
+        return plain(cls, config, hidden_size, *args, **kwargs)
+
+    return make
+
+
+class ZeroCenteredNorm(torch.nn.Module):
+    """LayerNorm (`centers`, with a bias) or RMSNorm whose factor is 1 + weight."""
+
+    def __init__(self, hidden_size: int, eps: float, centers: bool) -> None:
+        super().__init__()
+        self.eps, self.size = eps, (hidden_size,)
+        self.weight = torch.nn.Parameter(torch.zeros(hidden_size))
+        self.bias = torch.nn.Parameter(torch.zeros(hidden_size)) if centers else None
+
+    def forward(self, values: torch.Tensor) -> torch.Tensor:
+        if self.bias is None:
+            return torch.nn.functional.rms_norm(values, self.size, 1 + self.weight, self.eps)
+        return torch.nn.functional.layer_norm(values, self.size, 1 + self.weight, self.bias, self.eps)
 
 
 def _with_mla_core(layer: Any) -> Any:

@@ -7,6 +7,7 @@ Head size 32 is the smallest that the CPU generator accepts.
 
 from __future__ import annotations
 
+import shutil
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -125,6 +126,19 @@ TINY_MODELS: Mapping[str, Callable[[Mapping[str, Any]], Any]] = MappingProxyType
 )
 
 
+def _config(name: str, overrides: Mapping[str, Any]) -> Any:
+    import transformers
+
+    if name in TINY_MODELS:
+        return TINY_MODELS[name](overrides)
+    if not name.endswith("Config") or not hasattr(transformers, name):
+        known = ", ".join(TINY_MODELS)
+        raise ValueError(
+            f"no tiny model is called {name!r}; there are {known}, and transformers' config classes"
+        )
+    return getattr(transformers, name)(**{**_COMMON, **overrides})
+
+
 def make_tiny_model(
     name: str,
     folder: str | Path,
@@ -137,15 +151,13 @@ def make_tiny_model(
 
     Equal arguments give equal bytes. `overrides` are fields of the family's HF config, for example
     `{"tie_word_embeddings": True, "num_hidden_layers": 5}`. One-dimensional weights are drawn around their
-    initial value: a norm of ones could be put in the wrong place unseen. Raises ValueError for a name not in
-    TINY_MODELS.
+    initial value: a norm of ones could be put in the wrong place unseen. `name` is in TINY_MODELS, or a
+    config class of transformers such as "MistralConfig". Raises ValueError for any other.
     """
     import torch
     from transformers import AutoModelForCausalLM
 
-    if name not in TINY_MODELS:
-        raise ValueError(f"no tiny model is called {name!r}; there are {', '.join(TINY_MODELS)}")
-    config = TINY_MODELS[name](overrides or {})
+    config = _config(name, overrides or {})
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
@@ -199,6 +211,32 @@ def _mtp_layer(weights: Mapping[str, Any], num_layers: int, seed: int) -> dict[s
         f"{mtp}shared_head.head.weight": head.clone(),
         f"{mtp}embed_tokens.weight": embedding.clone(),
     }
+
+
+def rewrite(source: str | Path, folder: str | Path, make: Callable[[str, Any], Any]) -> tuple[str, ...]:
+    """Write the checkpoint `source` into `folder` (which may be the same) with tensor `name` = make(name, old).
+
+    Tensors are visited in name order; those that repeat another one by convention stay its copies. Returns their names.
+    """
+    from safetensors.torch import load_file, save_file
+
+    from refit.train_side.copies import find_copies
+
+    source, folder = Path(source), Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    weights: dict[str, Any] = {}
+    for file in sorted(source.glob("*.safetensors")):
+        weights |= load_file(file)
+    weights = {name: make(name, weights[name]).contiguous() for name in sorted(weights)}
+    shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
+    outside_layers = {name for name in shapes if ".layers." not in name}
+    for copy, original in find_copies(shapes, outside_layers).items():
+        weights[copy] = weights[original].clone()
+    for file in source.glob("*.json"):
+        if "index" not in file.name and source != folder:
+            shutil.copy(file, folder / file.name)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return tuple(weights)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,19 @@
 """The bulk path: one stage of a rank plan, as pack -> point-to-point -> unpack per round.
 
-Three rounds are in work at once, over two slots of memory: while the wire carries round i, round i-1 is unpacked and
-round i+1 is packed. A bucket that is one contiguous run of the wire dtype on this rank is sent from, or received into,
-the param itself. Buckets are laid out by the plan, so the two ends may choose differently.
+While the wire carries round i, round i-1 is unpacked and round i+1 is packed. Two rounds or more are on the wire at a
+time, each in a slot of its own: as many, up to MOST_SLOTS, as the memory of two full buckets holds.
 
-Extra memory of a call: two slots of the largest round, that is at most 2 * bucket_bytes of the plan's options.
+A parcel that is one contiguous run of the wire dtype on this rank is sent from, or received into, the param itself.
+Parcels are cut by the plan, so the two ends may choose differently.
+
+Digests are of what was sent, and of what the params hold afterwards: a receiver packs its params once more, into the
+slot that the parcel came in, so that a wrong unpack shows as well as a wrong wire.
+
+Extra memory of a call: the slots, at most 2 * bucket_bytes of the plan's options.
 """
 
 import time
+from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -15,14 +21,15 @@ import torch
 from torch import Tensor
 
 from refit.plan import Plan
-from refit.transfer.compiled import CompiledBucket, CompiledRound, CompiledStage, Move
+from refit.transfer.compiled import CompiledParcel, CompiledRound, CompiledStage, Move
 from refit.transfer.errors import TransportError
 from refit.transfer.groups import Group
-from refit.transfer.memory import Span, as_bits, as_bytes, strided_box
+from refit.transfer.memory import as_bytes, strided_box
 from refit.transfer.report import DIGEST, PACK, UNPACK, WIRE, BulkReport, Tally
+from refit.transfer.runs import LiveParams
 from refit.transfer.transport import Parcel, Ticket
 
-NUM_SLOTS = 2
+MOST_SLOTS = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,11 +51,10 @@ class StageJob:
 
 @dataclass(frozen=True, slots=True)
 class Boxed:
-    """A bucket with the memory that holds its bytes. `is_direct`: that memory is the param itself."""
+    """A parcel with the memory that holds its bytes: a part of a slot, or the param itself."""
 
-    bucket: CompiledBucket
+    parcel: CompiledParcel
     payload: Tensor
-    is_direct: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,55 +70,59 @@ class Flight:
 def move_stage(job: StageJob) -> BulkReport:
     """Move all bytes of one stage of this rank. Raises TransportError naming stage, round and peer."""
     mover = _StageMover(job)
-    flight: Flight | None = None
+    flights: deque[Flight] = deque()
     for number, round_ in enumerate(job.stage.rounds):
-        started = mover.start(round_, number % NUM_SLOTS)
-        if flight is not None:
-            mover.finish(flight)
-        flight = started
-    if flight is not None:
-        mover.finish(flight)
+        if len(flights) == mover.num_slots:
+            mover.finish(flights.popleft())
+        flights.append(mover.start(round_, number % mover.num_slots))
+    while flights:
+        mover.finish(flights.popleft())
+    mover.add_digests()
     report = mover.tally.report()
     planned, done = job.stage.payload_bytes, (report.bytes_sent, report.bytes_received)
     assert done == planned, f"stage {job.stage.stage}: {done} bytes (sent, received) done, {planned} planned"
     return report
 
 
+def num_slots(stage: CompiledStage, bucket_bytes: int) -> int:
+    """Rounds that may be on the wire at once: each needs a slot, and all slots have to fit into two full buckets."""
+    fitting = 2 * bucket_bytes // max(1, stage.slot_bytes)
+    return min(MOST_SLOTS, len(stage.rounds), max(2, fitting))
+
+
 class _StageMover:
     def __init__(self, job: StageJob) -> None:
         self.job = job
         self.tally = Tally()
-        self._spans: dict[str, Span] = {}
-        self._bits: dict[str, Tensor] = {}
-        if job.device.type == "cpu":
-            names = {move.segment.param for move in job.stage.moves}
-            self._spans = {
-                name: Span.of(job.params[name]) for name in names if job.params[name].is_contiguous()
-            }
-        slot_bytes = max(map(self._slot_bytes, job.stage.rounds), default=0)
-        num_slots = min(NUM_SLOTS, len(job.stage.rounds))
+        stage = job.stage
+        self._params = LiveParams(job.params, stage.params, stage.reach_bytes)
+        self._bases = _kernel_bases(self._params, job)
+        self._sums = torch.zeros(len(stage.sums), dtype=torch.int64, device=job.device)
+        self.num_slots = num_slots(stage, job.plan.options.bucket_bytes)
         self._slots = [
-            torch.empty(slot_bytes, dtype=torch.uint8, device=job.device) for _ in range(num_slots)
+            torch.empty(stage.slot_bytes, dtype=torch.uint8, device=job.device) for _ in range(self.num_slots)
         ]
-        self.tally.peak_extra_bytes = slot_bytes * num_slots
+        self.tally.peak_extra_bytes = stage.slot_bytes * self.num_slots
 
     def start(self, round_: CompiledRound, slot: int) -> Flight:
         """Pack a round into a slot and put it on the wire."""
         clock = time.perf_counter()
-        sends, used = self._boxed(round_.sends, slot, 0)
-        receives, _ = self._boxed(round_.receives, slot, used)
+        sends = tuple(self._boxed(parcel, slot) for parcel in round_.sends)
+        receives = tuple(self._boxed(parcel, slot) for parcel in round_.receives)
         for boxed in sends:
             self._copy(boxed, is_pack=True)
-            self.tally.bytes_sent += boxed.bucket.payload_bytes
+            self.tally.bytes_sent += boxed.parcel.payload_bytes
         self.tally.clock(PACK, clock)
-        if self.job.with_digests:
-            self._digest_sends(sends)
         try:
             ticket = self.job.group.transport.post(
                 self._outward(sends), self._outward(receives), round_.index
             )
         except TransportError as error:
             raise self._explained(round_, error) from error
+        clock = time.perf_counter()
+        if self.job.with_digests:
+            self._weigh(sends)
+            self.tally.clock(DIGEST, clock)
         return Flight(round_, sends, receives, ticket)
 
     def finish(self, flight: Flight) -> None:
@@ -126,103 +136,66 @@ class _StageMover:
         self._copy_local(flight)
         for boxed in flight.receives:
             self._copy(boxed, is_pack=False)
-            self.tally.bytes_received += boxed.bucket.payload_bytes
-        self.tally.clock(UNPACK, clock)
+            self.tally.bytes_received += boxed.parcel.payload_bytes
+        clock = self.tally.clock(UNPACK, clock)
         if self.job.with_digests:
-            self._digest_receives(flight)
+            for boxed in flight.receives:
+                self._copy(boxed, is_pack=True)
+            self._weigh(flight.receives)
+            self.tally.clock(DIGEST, clock)
 
-    def _boxed(
-        self, buckets: tuple[CompiledBucket, ...], slot: int, used: int
-    ) -> tuple[tuple[Boxed, ...], int]:
-        found: list[Boxed] = []
-        for bucket in buckets:
-            if self._is_direct(bucket):
-                found.append(Boxed(bucket, as_bytes(self._param_box(bucket.moves[0])), True))
-            else:
-                found.append(Boxed(bucket, self._slots[slot][used : used + bucket.num_bytes], False))
-                used += bucket.num_bytes
-        return tuple(found), used
+    def add_digests(self) -> None:
+        """Put the sums of the stage into the tally."""
+        if self.job.with_digests:
+            for (tensor, rank), value in zip(self.job.stage.sums, self._sums.tolist(), strict=True):
+                self.tally.add_digest(tensor, rank, value)
+
+    def _boxed(self, parcel: CompiledParcel, slot: int) -> Boxed:
+        if parcel.slot_byte is None:
+            return Boxed(parcel, as_bytes(self._box(parcel.moves[0])))
+        return Boxed(parcel, self._slots[slot][parcel.slot_byte : parcel.slot_byte + parcel.num_bytes])
 
     def _copy(self, boxed: Boxed, is_pack: bool) -> None:
-        """Pack or unpack all segments of a bucket: runs by memmove, the others in one batched call."""
-        if boxed.is_direct:
+        """Pack or unpack a parcel: by one kernel, or runs by memmove and all other boxes in one batched call."""
+        parcel, payload = boxed.parcel, boxed.payload
+        if parcel.slot_byte is None:
             return
-        packed: list[Tensor] = []
-        boxes: list[Tensor] = []
-        typed = _Typed(boxed.payload)
-        bucket_at = boxed.payload.data_ptr()
-        for move in boxed.bucket.moves:
-            segment = move.segment
-            span = self._spans.get(segment.param)
-            if span is not None and move.is_run and span.dtype == move.wire:
-                span.copy_run(segment.offset, bucket_at + segment.start_byte, move.num_bytes, is_pack)
-                continue  # done: one memmove costs a tenth of a tensor copy
-            is_cast = self.job.params[segment.param].dtype != move.wire
-            packed.append(typed.box(move, move.wire if is_cast else move.bits))
-            boxes.append(self._param_box(move, as_values=is_cast))
-        if packed:
+        if parcel.kernels is not None and self._bases is not None:
+            parcel.kernels.copy(self._bases, payload, is_pack)
+            return
+        parcel.runs.copy(self._params.addresses, payload.data_ptr(), is_pack)
+        if parcel.boxes:
+            typed = _Typed(payload)
+            packed = [typed.box(move) for move in parcel.boxes]
+            boxes = [self._box(move) for move in parcel.boxes]
             targets, sources = (packed, boxes) if is_pack else (boxes, packed)
             torch._foreach_copy_(targets, sources)
 
-    def _digest_sends(self, sends: tuple[Boxed, ...]) -> None:
-        """Of the packed bytes: they are contiguous, in the wire dtype, and still in the cache."""
-        clock = time.perf_counter()
-        for boxed in sends:
-            typed = _Typed(boxed.payload)
-            found = [move.digest(typed.box(move, move.bits)) for move in boxed.bucket.moves]
-            self._add_digests(boxed.bucket, boxed.bucket.peer, found)
-        self.tally.clock(DIGEST, clock)
-
-    def _digest_receives(self, flight: Flight) -> None:
-        """Of the params themselves, so that a wrong unpack shows as well as a wrong wire."""
-        clock = time.perf_counter()
-        for boxed in flight.receives:
-            found = [move.digest(self._param_box(move)) for move in boxed.bucket.moves]
-            self._add_digests(boxed.bucket, self.job.rank, found)
-        self.tally.clock(DIGEST, clock)
-
-    def _add_digests(self, bucket: CompiledBucket, dst_rank: int, found: list[int | Tensor]) -> None:
-        partials = [value for value in found if isinstance(value, Tensor)]
-        numbers = iter(torch.stack(partials).tolist() if partials else [])
-        for move, value in zip(bucket.moves, found, strict=True):
-            if isinstance(value, int):
-                total = value
+    def _weigh(self, boxes: tuple[Boxed, ...]) -> None:
+        for boxed in boxes:
+            kernels = boxed.parcel.kernels
+            if kernels is not None and self._bases is not None:
+                kernels.add_digests(self._bases, boxed.payload, self._sums)
             else:
-                assert move.weighing is not None, "only a weighing yields a partial"
-                total = move.weighing.finish(next(numbers))
-            self.tally.add_digest(move.segment.tensor, dst_rank, total)
+                boxed.parcel.weighing.add(boxed.payload, self._sums)
 
     def _outward(self, boxes: tuple[Boxed, ...]) -> list[Parcel]:
         return [
-            Parcel(boxed.bucket.peer, boxed.payload) for boxed in boxes if boxed.bucket.peer != self.job.rank
+            Parcel(boxed.parcel.peer, boxed.payload) for boxed in boxes if boxed.parcel.peer != self.job.rank
         ]
 
     def _copy_local(self, flight: Flight) -> None:
         """A rank may be on both sides (xferdtensor): what it sends to itself does not touch the transport."""
-        sends = [boxed for boxed in flight.sends if boxed.bucket.peer == self.job.rank]
-        receives = [boxed for boxed in flight.receives if boxed.bucket.peer == self.job.rank]
+        sends = [boxed for boxed in flight.sends if boxed.parcel.peer == self.job.rank]
+        receives = [boxed for boxed in flight.receives if boxed.parcel.peer == self.job.rank]
         for source, target in zip(sends, receives, strict=True):
             target.payload.copy_(source.payload)
 
-    def _slot_bytes(self, round_: CompiledRound) -> int:
-        return sum(b.num_bytes for b in (*round_.sends, *round_.receives) if not self._is_direct(b))
-
-    def _is_direct(self, bucket: CompiledBucket) -> bool:
-        """One contiguous run of the wire dtype, and nothing else in the bucket."""
-        if len(bucket.moves) != 1 or bucket.moves[0].num_bytes != bucket.num_bytes:
-            return False
-        move = bucket.moves[0]
-        return self.job.params[move.segment.param].dtype == move.wire and move.is_run
-
-    def _param_box(self, move: Move, as_values: bool = False) -> Tensor:
-        """The segment in this rank's memory, as bits or as values of the param's own dtype."""
+    def _box(self, move: Move) -> Tensor:
+        """The segment in this rank's memory: as bits, or as values of the param's own dtype if a cast follows."""
         segment = move.segment
-        name = segment.param
-        if as_values:
-            return strided_box(self.job.params[name], segment.shape, segment.strides, segment.offset)
-        if name not in self._bits:
-            self._bits[name] = as_bits(self.job.params[name].detach())
-        return strided_box(self._bits[name], segment.shape, segment.strides, segment.offset)
+        whole = self._params.values if move.is_cast else self._params.bits
+        return strided_box(whole(segment.param), segment.shape, segment.strides, segment.offset)
 
     def _explained(self, round_: CompiledRound, error: TransportError) -> TransportError:
         stage = self.job.stage
@@ -231,15 +204,25 @@ class _StageMover:
         )
 
 
+def _kernel_bases(params: LiveParams, job: StageJob) -> Tensor | None:
+    """The addresses that kernels start from; None where torch does the copies: no CUDA, or a param not aligned."""
+    if not job.stage.has_kernels:
+        return None
+    from refit.transfer.kernels.parcel import bases_of
+
+    return bases_of(params.addresses, job.device)
+
+
 class _Typed:
-    """A bucket's bytes seen through the dtypes that occur in it."""
+    """A parcel's bytes seen through the dtypes that occur in it."""
 
     def __init__(self, payload: Tensor) -> None:
         self._payload = payload
         self._views: dict[torch.dtype, Tensor] = {}
 
-    def box(self, move: Move, dtype: torch.dtype) -> Tensor:
-        """The segment inside the bucket."""
+    def box(self, move: Move) -> Tensor:
+        """The segment inside the parcel."""
+        dtype = move.wire if move.is_cast else move.bits
         view = self._views.get(dtype)
         if view is None:
             usable = self._payload.numel() // dtype.itemsize * dtype.itemsize

@@ -1,140 +1,250 @@
-"""A stage plan made ready to run many times: sizes, strides and digest weights worked out once.
+"""A stage plan made ready to run many times: parcels, copies and digest weights worked out once.
 
-What is left per refit and segment is two `as_strided` calls and one entry in a batched copy, about 5 us; without this,
-20,000 small routes would cost a second of Python.
+A bucket travels as parcels. A segment of at least `alone_bytes` is a parcel of its own, so that each end may send it
+from, or receive it into, the param itself; what lies between two of these is packed into one parcel. The cut depends
+on sizes in the plan only, so both ends make the same one.
+
+What is left per refit and small segment is one memmove, about 0.7 us in Python; without this, 20,000 small routes would
+cost a second.
 """
 
-from collections.abc import Iterator, Mapping
+import importlib.util
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
-from refit.plan import Bucket, Plan, Region, Round, Segment, StagePlan
-from refit.transfer.digest import Weighing, digest
+from refit.plan import Bucket, Plan, PlanOptions, Region, Round, Segment, StagePlan
+from refit.plan.options import ALIGNMENT_BYTES
 from refit.transfer.memory import bits_dtype, torch_dtype
+from refit.transfer.runs import Runs, RunsInMaking, is_run, row_major
+from refit.transfer.weighing import ParcelWeighing, WeighingInMaking
 
-KEPT_ELEMENTS = (
-    1 << 14
-)  # weights are kept for boxes up to this size; larger ones spend their time in arithmetic anyway
+if TYPE_CHECKING:
+    from refit.transfer.kernels.parcel import ParcelKernels
+
+MIN_ALONE_BYTES = (
+    256 << 10
+)  # a parcel costs gloo about 40 us over both ends, as much as two copies of so many bytes
 
 
 @dataclass(frozen=True, slots=True)
 class Move:
-    """One segment: where it lies in its bucket (elements of `wire`, row-major) and in this rank's param.
+    """One segment: where it lies in its parcel (bytes, row-major there) and in this rank's param.
 
-    `is_run`: the box is one contiguous run of the param too.
+    `is_run`: the box is one contiguous run of the param too. `is_cast`: the param has another dtype than the wire.
     """
 
     segment: Segment
     wire: torch.dtype
     bits: torch.dtype
     num_bytes: int
-    start: int
+    start_byte: int
     strides: tuple[int, ...]
-    tensor_shape: tuple[int, ...]
     is_run: bool
-    weighing: Weighing | None
+    is_cast: bool
 
     @classmethod
-    def of(cls, segment: Segment, tensor_shape: tuple[int, ...], device: torch.device) -> "Move":
+    def of(cls, segment: Segment, first_byte: int, param_dtype: torch.dtype) -> "Move":
         wire = torch_dtype(segment.wire_dtype)
-        num_elements = segment.region.num_elements
-        is_kept = 0 < num_elements <= KEPT_ELEMENTS and len(segment.shape) > 0
         return cls(
             segment,
             wire,
             bits_dtype(wire),
-            num_elements * wire.itemsize,
-            segment.start_byte // wire.itemsize,
+            segment.region.num_elements * wire.itemsize,
+            segment.start_byte - first_byte,
             row_major(segment.shape),
-            tensor_shape,
             is_run(segment.shape, segment.strides),
-            Weighing.of(segment.region, wire.itemsize, device) if is_kept else None,
+            param_dtype != wire,
         )
-
-    def digest(self, bits: Tensor) -> int | Tensor:
-        """The digest of this box, or the partial of its weighing: see `Weighing.finish`."""
-        if self.weighing is not None:
-            return self.weighing.partial(bits)
-        return digest(bits, self.segment.region, self.tensor_shape)
 
     @property
     def region(self) -> Region:
         return self.segment.region
 
+    @property
+    def start(self) -> int:
+        """Elements of the wire dtype before it in the parcel."""
+        return self.start_byte // self.wire.itemsize
+
 
 @dataclass(frozen=True, slots=True)
-class CompiledBucket:
-    """A bucket with its moves. `num_bytes` are those on the wire, padding included; `payload_bytes` are without."""
+class CompiledParcel:
+    """Bytes of one message. `num_bytes` are those on the wire, `payload_bytes` are without padding.
+
+    `slot_byte`: where it is packed in the slot of its round; None: it is sent from, or received into, the param of its
+    only move. `runs` and `boxes` are the copies between the parcel and the params: contiguous runs, and the others.
+    `kernels` does the same copies, and the digests, in one launch each where kernels can run.
+    """
 
     peer: int
     num_bytes: int
     payload_bytes: int
     moves: tuple[Move, ...]
+    slot_byte: int | None
+    runs: Runs
+    boxes: tuple[Move, ...]
+    weighing: ParcelWeighing
+    kernels: "ParcelKernels | None"
 
 
 @dataclass(frozen=True, slots=True)
 class CompiledRound:
-    """A round with compiled buckets; same index and order as in the plan."""
+    """A round with its parcels, in the order of the plan; same index as in the plan. A slot holds `slot_bytes`."""
 
     index: int
-    sends: tuple[CompiledBucket, ...]
-    receives: tuple[CompiledBucket, ...]
+    sends: tuple[CompiledParcel, ...]
+    receives: tuple[CompiledParcel, ...]
+    slot_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
 class CompiledStage:
-    """A stage plan ready to run."""
+    """A stage plan ready to run.
+
+    `params`: those it touches, with the dtypes it was compiled for; `reach_bytes`: how far into each the runs go.
+    `sums`: (tensor, dst_rank) of each digest that the stage yields.
+    """
 
     stage: int
     group_ranks: tuple[int, ...]
     rounds: tuple[CompiledRound, ...]
+    params: Mapping[str, torch.dtype]
+    reach_bytes: tuple[int, ...]
+    sums: tuple[tuple[str, int], ...]
 
     @property
-    def moves(self) -> Iterator[Move]:
-        """Every move of the stage."""
+    def parcels(self) -> Iterator[CompiledParcel]:
+        """Every parcel of the stage."""
         for round_ in self.rounds:
-            for bucket in (*round_.sends, *round_.receives):
-                yield from bucket.moves
+            yield from round_.sends
+            yield from round_.receives
+
+    @property
+    def has_kernels(self) -> bool:
+        """All parcels of a stage have kernels, or none."""
+        return any(parcel.kernels is not None for parcel in self.parcels)
 
     @property
     def payload_bytes(self) -> tuple[int, int]:
         """Bytes sent and received, without padding."""
-        sent = sum(bucket.payload_bytes for round_ in self.rounds for bucket in round_.sends)
-        return sent, sum(bucket.payload_bytes for round_ in self.rounds for bucket in round_.receives)
+        sent = sum(parcel.payload_bytes for round_ in self.rounds for parcel in round_.sends)
+        return sent, sum(parcel.payload_bytes for round_ in self.rounds for parcel in round_.receives)
+
+    @property
+    def slot_bytes(self) -> int:
+        """What the largest round packs."""
+        return max((round_.slot_bytes for round_ in self.rounds), default=0)
 
 
-def compile_stage(plan: Plan, stage_plan: StagePlan, device: torch.device) -> CompiledStage:
-    """Work out everything that does not depend on where the params lie."""
-    shapes = {name: tensor.shape for name, tensor in plan.tensors.items()}
-    rounds = tuple(_round(round_, shapes, device) for round_ in stage_plan.rounds)
-    return CompiledStage(stage_plan.stage, stage_plan.group_ranks, rounds)
-
-
-def _round(round_: Round, shapes: Mapping[str, tuple[int, ...]], device: torch.device) -> CompiledRound:
-    sends = tuple(_bucket(bucket, shapes, device) for bucket in round_.sends)
-    return CompiledRound(
-        round_.index, sends, tuple(_bucket(bucket, shapes, device) for bucket in round_.receives)
+def compile_stage(
+    plan: Plan, stage_plan: StagePlan, rank: int, dtypes: Mapping[str, str], device: torch.device
+) -> CompiledStage:
+    """Work out everything that does not depend on where the params lie. `dtypes`: of this rank's params, by name."""
+    making = _StageInMaking(plan, rank, dtypes, device)
+    rounds = tuple(making.round(round_) for round_ in stage_plan.rounds)
+    return CompiledStage(
+        stage_plan.stage,
+        stage_plan.group_ranks,
+        rounds,
+        making.runs.dtypes,
+        tuple(making.runs.reach_bytes),
+        making.weighing.sums,
     )
 
 
-def _bucket(bucket: Bucket, shapes: Mapping[str, tuple[int, ...]], device: torch.device) -> CompiledBucket:
-    moves = tuple(Move.of(segment, shapes[segment.tensor], device) for segment in bucket.segments)
-    return CompiledBucket(bucket.peer, bucket.num_bytes, sum(move.num_bytes for move in moves), moves)
+def kernels_run_on(device: torch.device) -> bool:
+    """Whether Triton's kernels do the copies and digests there; everywhere else torch does."""
+    return device.type == "cuda" and importlib.util.find_spec("triton") is not None
 
 
-def is_run(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
-    """True if a box of these strides is contiguous in row-major order."""
-    wanted = row_major(shape)
-    return all(size == 1 or a == b for size, a, b in zip(shape, strides, wanted, strict=True))
+def alone_bytes(options: PlanOptions) -> int:
+    """From this size on a segment is a parcel of its own.
+
+    A rank sends, and receives, at most bucket_bytes in a round, so at most half of max_ops_per_round parcels come of
+    the large segments and the gaps between them.
+    """
+    return max(MIN_ALONE_BYTES, 4 * options.bucket_bytes // options.max_ops_per_round)
 
 
-def row_major(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Strides of a contiguous tensor, in elements."""
-    strides: list[int] = []
-    step = 1
-    for size in reversed(shape):
-        strides.append(step)
-        step *= size
-    return tuple(reversed(strides))
+class _StageInMaking:
+    def __init__(self, plan: Plan, rank: int, dtypes: Mapping[str, str], device: torch.device) -> None:
+        self._shapes = {name: tensor.shape for name, tensor in plan.tensors.items()}
+        self._alone_bytes = alone_bytes(plan.options)
+        self._rank = rank
+        self._device = device
+        self.runs = RunsInMaking(dtypes, device)
+        self.weighing = WeighingInMaking(self._shapes, device)
+
+    def round(self, round_: Round) -> CompiledRound:
+        used = 0
+        sides: list[tuple[CompiledParcel, ...]] = []
+        for buckets, is_send in ((round_.sends, True), (round_.receives, False)):
+            parcels: list[CompiledParcel] = []
+            for bucket in buckets:
+                for segments, num_bytes in _cut(bucket, self._alone_bytes):
+                    parcel = self._parcel(bucket.peer, segments, num_bytes, used, is_send)
+                    parcels.append(parcel)
+                    used += 0 if parcel.slot_byte is None else _aligned(num_bytes)
+            sides.append(tuple(parcels))
+        return CompiledRound(round_.index, sides[0], sides[1], used)
+
+    def _parcel(
+        self, peer: int, segments: Sequence[Segment], num_bytes: int, used: int, is_send: bool
+    ) -> CompiledParcel:
+        first = segments[0].start_byte
+        moves = tuple(Move.of(s, first, self.runs.dtype(s.param)) for s in segments)
+        is_direct = len(moves) == 1 and moves[0].is_run and not moves[0].is_cast
+        runs, boxes = self.runs.of(moves)
+        dst_rank = peer if is_send else self._rank
+        weighing = self.weighing.of(moves, dst_rank)
+        return CompiledParcel(
+            peer,
+            num_bytes,
+            sum(move.num_bytes for move in moves),
+            moves,
+            None if is_direct else used,
+            runs,
+            boxes,
+            weighing,
+            self._kernels(segments, dst_rank, is_direct),
+        )
+
+    def _kernels(self, segments: Sequence[Segment], dst_rank: int, is_direct: bool) -> "ParcelKernels | None":
+        """None where no kernel runs. Importing Triton takes seconds, so that is left to the ranks that use it."""
+        if not kernels_run_on(self._device):
+            return None
+        from refit.transfer.kernels.parcel import Params, ParcelKernels
+
+        params = Params(self.runs.positions, self.runs.dtypes)
+        sums = [self.weighing.index(segment.tensor, dst_rank) for segment in segments]
+        first = segments[0].start_byte
+        return ParcelKernels.of(segments, first, params, sums, self._device, is_direct=is_direct)
+
+
+def _cut(bucket: Bucket, alone: int) -> Iterator[tuple[list[Segment], int]]:
+    """The segments of each parcel and its bytes on the wire: without padding after its last segment."""
+    waiting: list[Segment] = []
+    for segment in bucket.segments:
+        if _num_bytes(segment) >= alone:
+            if waiting:
+                yield waiting, _extent(waiting)
+                waiting = []
+            yield [segment], _num_bytes(segment)
+        else:
+            waiting.append(segment)
+    if waiting:
+        yield waiting, _extent(waiting)
+
+
+def _num_bytes(segment: Segment) -> int:
+    return segment.region.num_elements * torch_dtype(segment.wire_dtype).itemsize
+
+
+def _extent(segments: Sequence[Segment]) -> int:
+    return segments[-1].start_byte + _num_bytes(segments[-1]) - segments[0].start_byte
+
+
+def _aligned(num_bytes: int) -> int:
+    return -(-num_bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES

@@ -14,8 +14,8 @@ then of no more use: prepare again under a new run id.
 
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -56,9 +56,10 @@ from refit.transfer.protocol import (
     report_key,
 )
 from refit.transfer.rendezvous import ControlStore
-from refit.transfer.report import BulkReport
+from refit.transfer.report import BulkReport, Span
 from refit.transfer.watch import Watch, silent_ranks
 
+MISC_STAGE = -1  # the stage that spans of the misc path carry
 MISC_CHUNK_BYTES = 64 << 20  # most of one chunk; a smaller bucket_bytes lowers it
 
 
@@ -84,10 +85,12 @@ class Endpoint:
         self.plan = plan
         self.rank = joint_rank(manifest, plan)
         self.who = who(manifest)
-        self._stages = [compile_stage(plan, stage, device) for stage in plan.rank_plan(self.rank).stages]
+        dtypes = {spec.name: spec.dtype for spec in manifest.params}
+        stages = plan.rank_plan(self.rank).stages
+        self._stages = [compile_stage(plan, stage, self.rank, dtypes, device) for stage in stages]
         self._misc_specs = misc_specs(plan)
         self._chunk_bytes = min(MISC_CHUNK_BYTES, inputs.options.bucket_bytes)
-        self._attempt = _Attempt(0, 0, 0.0)
+        self._attempt = _Attempt(0, 0, 0.0, 0.0, 0.0)
         self._phase = "prepare"
 
     @classmethod
@@ -101,18 +104,36 @@ class Endpoint:
         """Publish the manifest, agree on the plan, open the groups. `timeout_s` bounds the whole of it."""
         device = torch.device("cpu") if device is None else device
         deadline = time.monotonic() + timeout_s
-        try:
-            control.put(describe_key(manifest.side, manifest.rank), encode_rank_manifest(manifest))
-            inputs = Inputs.of_message(control.get(INPUTS, deadline - time.monotonic()))
-            plan = _agreed_plan(control, manifest, inputs, deadline)
-            rank = joint_rank(manifest, plan)
-            groups = open_groups(control, rank, plan, inputs.backend, deadline - time.monotonic())
-            watch = Watch.start(control, rank, groups.abort)
-            control.put(ready_key(rank), OK)
-        except RefitFailed:
-            raise
-        except Exception as error:
-            raise RefitFailed(report_failure(control, "prepare", who(manifest), error, (), 0)) from error
+        with ExitStack() as undo:
+            try:
+                endpoint = cls._prepared(control, manifest, deadline, device, undo)
+                control.put(ready_key(endpoint.rank), OK)
+            except RefitFailed:
+                raise
+            except Exception as error:
+                raise RefitFailed(report_failure(control, "prepare", who(manifest), error, (), 0)) from error
+            undo.pop_all()  # the endpoint closes them now
+            return endpoint
+
+    @classmethod
+    def _prepared(
+        cls,
+        control: ControlStore,
+        manifest: RankManifest,
+        deadline: float,
+        device: torch.device,
+        undo: ExitStack,
+    ) -> "Endpoint":
+        """All of `prepare` but saying that this rank is ready. `undo` closes what was opened if a later step fails."""
+        control.put(describe_key(manifest.side, manifest.rank), encode_rank_manifest(manifest))
+        inputs = Inputs.of_message(control.get(INPUTS, deadline - time.monotonic()))
+        plan = _agreed_plan(control, manifest, inputs, deadline)
+        rank = joint_rank(manifest, plan)
+        left_s = deadline - time.monotonic()
+        groups = open_groups(control, rank, plan, inputs.backend, left_s, inputs.transport)
+        undo.callback(groups.close)
+        watch = Watch.start(control, rank, groups.abort)
+        undo.callback(watch.close)
         return cls(control, manifest, inputs, plan, groups, watch, device)
 
     @property
@@ -122,8 +143,10 @@ class Endpoint:
 
     def begin(self, version: int, attempt: int) -> None:
         """Start an attempt to bring `version` over. Its deadline, `timeout_s` from now, bounds every wait of it."""
-        self._control.raise_if_failed()
-        self._attempt = _Attempt(version, attempt, time.monotonic() + self._inputs.timeout_s)
+        self._attempt = _Attempt(
+            version, attempt, time.monotonic() + self._inputs.timeout_s, time.time(), time.perf_counter()
+        )
+        self._control.raise_if_failed()  # after that, so that `decision` never answers for the attempt before
 
     def move_bulk(self, params: Mapping[str, Tensor]) -> BulkReport:
         """Move the bulk tensors between `params`, the live memory by ParamSpec name, of all ranks."""
@@ -156,7 +179,7 @@ class Endpoint:
             sent = send_packed(
                 counted, self._groups.misc, self._misc_specs, self._chunk_bytes, self._deadline, self._device
             )
-        self._attempt.misc_s = time.perf_counter() - began
+        self._attempt.misc = Span("misc", MISC_STAGE, 0, began, time.perf_counter())
         return sent
 
     def receive_misc(self) -> Iterator[tuple[str, Tensor]]:
@@ -168,29 +191,35 @@ class Endpoint:
                 self._groups.misc, self._misc_specs, self._chunk_bytes, self._deadline, self._device
             )
             yield from self._counted(received)
-        self._attempt.misc_s = time.perf_counter() - began
+        self._attempt.misc = Span("misc", MISC_STAGE, 0, began, time.perf_counter())
 
     def put_report(self) -> RefitReport:
         """Publish what this rank did in this attempt."""
         attempt = self._attempt
+        misc_s = 0.0 if attempt.misc is None else attempt.misc.stop_s - attempt.misc.start_s
         report = RefitReport(
             attempt.version,
+            attempt.started_s,
             attempt.bulk.bytes_sent,
             attempt.bulk.bytes_received,
             attempt.misc_bytes,
-            {**attempt.bulk.seconds, "misc": attempt.misc_s},
+            {**attempt.bulk.seconds, "misc": misc_s},
             attempt.bulk.digests,
             attempt.misc_digests,
             attempt.bulk.peak_extra_bytes,
+            attempt.spans(),
         )
         with self.phase("report"):
             self._control.put(report_key(attempt.attempt, self.rank), report.message())
         return report
 
     def decision(self) -> tuple[bool, str]:
-        """Wait for the coordinator: (True, reason) to commit this attempt, (False, reason) to discard it."""
+        """Wait for the coordinator: (True, reason) to commit this attempt, (False, reason) to discard it.
+
+        A decision stands once it is made: a failure after it changes nothing.
+        """
         with self.phase("decision"):
-            message = self._control.get(
+            message = self._control.get_final(
                 decision_key(self._attempt.attempt), self._deadline - time.monotonic()
             )
             if not isinstance(message, dict) or set(message) != {"commit", "reason"}:
@@ -251,15 +280,25 @@ class Endpoint:
 
 @dataclass(slots=True)
 class _Attempt:
-    """What has been done so far in one attempt."""
+    """What has been done so far in one attempt. `began` is the time.perf_counter() of `started_s`."""
 
     version: int
     attempt: int
     deadline: float
+    started_s: float
+    began: float
     bulk: BulkReport = field(default_factory=BulkReport)
     misc_bytes: int = 0
-    misc_s: float = 0.0
+    misc: Span | None = None
     misc_digests: dict[str, int] = field(default_factory=dict)
+
+    def spans(self) -> tuple[Span, ...]:
+        """All spans, in seconds since the attempt began."""
+        found = self.bulk.spans if self.misc is None else (*self.bulk.spans, self.misc)
+        return tuple(
+            replace(span, start_s=span.start_s - self.began, stop_s=span.stop_s - self.began)
+            for span in found
+        )
 
 
 def joint_rank(manifest: RankManifest, plan: Plan) -> int:

@@ -27,4 +27,4 @@ class RefitFailed(RuntimeError):  # noqa: N818 - the contract between the rooms 
         super().__init__(str(failure))
 
     def __reduce__(self) -> tuple[type["RefitFailed"], tuple[Failure]]:
-        return (RefitFailed, (self.failure,))
+        return (type(self), (self.failure,))

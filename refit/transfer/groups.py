@@ -1,12 +1,13 @@
 """Process groups of a refit, made directly on the control store, apart from any default group.
 
 One group per trainer stage (its trainers and all generators) and one for misc (trainer 0 and all generators). Each has
-its own connections, so threads that run different stages never share one.
+its own connections, so threads that run different stages never share one. Bulk parcels may go another way than the
+process group, by `transport`; broadcasts and the golden path always use the process group.
 """
 
 import ipaddress
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import cast
@@ -15,7 +16,9 @@ from torch import Tensor
 from torch._C._distributed_c10d import BroadcastOptions, ProcessGroup, ProcessGroupGloo, Store, Work
 
 from refit.plan import ConfigError, Plan
+from refit.transfer import ipc_link, nixl_link
 from refit.transfer.errors import TransportError
+from refit.transfer.protocol import PROCESS_GROUP, TRANSPORTS
 from refit.transfer.rendezvous import ControlStore
 from refit.transfer.transport import ProcessGroupTransport, Transport
 
@@ -28,6 +31,7 @@ class Group:
     """One group that this rank is in. `ranks` are joint ranks in group order; `rank` is this one's joint rank.
 
     `process_group` is what collectives (golden, broadcast) run on; a group without one can move bulk only.
+    `collectives` ends what waits in it, where `transport` is not that.
     """
 
     name: str
@@ -35,6 +39,7 @@ class Group:
     rank: int
     transport: Transport
     process_group: ProcessGroup | None = None
+    collectives: Transport | None = None
 
     def broadcast(self, tensor: Tensor, source: int) -> Work:
         """Start a broadcast of a contiguous tensor from joint rank `source` to all ranks of the group."""
@@ -57,25 +62,49 @@ class Groups:
 
     def abort(self) -> None:
         """Free every thread of this rank that waits in any group."""
-        for group in self._all():
-            group.transport.abort()
+        _all_of(transport.abort for transport in self._transports())
 
     def close(self) -> None:
         """Give the connections back."""
-        for group in self._all():
-            group.transport.close()
+        _all_of(transport.close for transport in self._transports())
 
-    def _all(self) -> tuple[Group, ...]:
-        return (*self.stages.values(), *([] if self.misc is None else [self.misc]))
+    def _transports(self) -> tuple[Transport, ...]:
+        groups = (*self.stages.values(), *([] if self.misc is None else [self.misc]))
+        ways = [way for group in groups for way in (group.transport, group.collectives)]
+        return tuple(way for way in ways if way is not None)
 
 
-def open_groups(control: ControlStore, rank: int, plan: Plan, backend: str, timeout_s: float) -> Groups:
-    """Open this rank's groups. Collective over their members. Raises TransportError at the deadline."""
+def _all_of(steps: Iterable[Callable[[], None]]) -> None:
+    """Take every step, also after one that failed; then raise the first failure."""
+    failures = []
+    for step in steps:
+        try:
+            step()
+        except RuntimeError as error:  # TransportError is one, as are torch's own
+            failures.append(error)
+    if failures:
+        raise failures[0]
+
+
+def open_groups(
+    control: ControlStore,
+    rank: int,
+    plan: Plan,
+    backend: str,
+    timeout_s: float,
+    transport: str = PROCESS_GROUP,
+) -> Groups:
+    """Open this rank's groups. Collective over their members. Raises TransportError at the deadline.
+
+    `backend` makes the process groups, `transport` says what carries bulk: one of TRANSPORTS.
+    """
     if backend not in BACKENDS:
         raise ConfigError(f"refit.backend is {backend!r}; it can be one of {', '.join(BACKENDS)}")
     deadline = time.monotonic() + timeout_s
     stages = {
-        stage.stage: open_group(control, f"stage{stage.stage}", stage.group_ranks, rank, backend, deadline)
+        stage.stage: open_group(
+            control, f"stage{stage.stage}", stage.group_ranks, rank, backend, deadline, transport
+        )
         for stage in plan.rank_plan(rank).stages
     }
     misc_ranks = (0, *range(plan.num_train, plan.num_train + plan.num_gen))
@@ -84,7 +113,13 @@ def open_groups(control: ControlStore, rank: int, plan: Plan, backend: str, time
 
 
 def open_group(
-    control: ControlStore, name: str, ranks: tuple[int, ...], rank: int, backend: str, deadline: float
+    control: ControlStore,
+    name: str,
+    ranks: tuple[int, ...],
+    rank: int,
+    backend: str,
+    deadline: float,
+    transport: str = PROCESS_GROUP,
 ) -> Group:
     """Open one group once all its members say they are here, so that a missing one is named and not just waited for."""
     control.put(f"group/{name}/{rank}", "here")
@@ -99,7 +134,18 @@ def open_group(
         raise TransportError(
             f"rank {rank} cannot open group {name!r} of ranks {ranks} over {backend} within {left_s:.1f} s: {error}"
         ) from error
-    return Group(name, ranks, rank, ProcessGroupTransport(process_group, ranks, rank), process_group)
+    collectives = ProcessGroupTransport(process_group, ranks, rank)
+    match transport:
+        case "process_group":
+            return Group(name, ranks, rank, collectives, process_group)
+        case "nixl":
+            way = nixl_link.open_transport(control, name, ranks, rank, deadline)
+            return Group(name, ranks, rank, way, process_group, collectives)
+        case "cuda_ipc":
+            way = ipc_link.open_transport(control, name, ranks, rank, deadline)
+            return Group(name, ranks, rank, way, process_group, collectives)
+        case _:
+            raise ConfigError(f"refit.transport is {transport!r}; it can be one of {', '.join(TRANSPORTS)}")
 
 
 def _process_group(

@@ -29,7 +29,7 @@ class _Lanes:
     def run(self, number: int, jobs: Sequence[StageJob]) -> None:
         try:
             for job in jobs:
-                report = _on_stream(job, self._move)
+                report = _on_stream(job, self._move).placed(job.stage.stage, number)
                 with self._lock:
                     self.reports.setdefault(number, []).append(report)
         except Exception as error:

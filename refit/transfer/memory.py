@@ -4,9 +4,7 @@ A copy between equal dtypes goes through integers of the same size, so it is exa
 float8, packed sub-byte types) and needs no arithmetic support for the dtype.
 """
 
-import ctypes
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -62,34 +60,6 @@ def copy_cast(target: Tensor, source: Tensor) -> None:
         as_bits(target).copy_(as_bits(source))
     else:
         target.copy_(source)
-
-
-@dataclass(frozen=True, slots=True)
-class Span:
-    """The memory of a contiguous CPU tensor, for copies without torch's overhead per call."""
-
-    address: int
-    num_bytes: int
-    item_bytes: int
-    dtype: torch.dtype
-
-    @classmethod
-    def of(cls, tensor: Tensor) -> "Span":
-        item_bytes = tensor.element_size()
-        return cls(tensor.data_ptr(), tensor.numel() * item_bytes, item_bytes, tensor.dtype)
-
-    def copy_run(self, offset: int, other: int, num_bytes: int, is_outward: bool) -> None:
-        """Copy `num_bytes` between `offset` elements from the start and the address `other`; outward: to `other`."""
-        first_byte = offset * self.item_bytes
-        if first_byte + num_bytes > self.num_bytes:
-            raise TransportError(
-                f"a run of {num_bytes} bytes at {first_byte} exceeds a param of {self.num_bytes} bytes"
-            )
-        mine = self.address + first_byte
-        if is_outward:
-            ctypes.memmove(other, mine, num_bytes)
-        else:
-            ctypes.memmove(mine, other, num_bytes)
 
 
 def require_params(specs: Iterable[ParamSpec], params: Mapping[str, Tensor], who: str) -> None:

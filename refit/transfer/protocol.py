@@ -5,20 +5,25 @@ Prepare:  describe/<side>/<rank>   a RankManifest as its JSON text, from every r
           prepare/digest/<rank>    plan digest that joint rank `rank` computed
           prepare/go               {"ok": true}, from the coordinator once all digests agree
           ready/<rank>             {"ok": true}, once the groups of joint rank `rank` are open
-Refit:    refit/<attempt>/report/<rank>   RefitReport;   refit/<attempt>/decision   {"commit": bool, "reason": str}
+Refit:    refit/<attempt>/report/<rank>        RefitReport, from every rank
+          refit/<attempt>/decision             {"commit": bool, "reason": str}, from the coordinator
+          refit/<attempt>/finished/<gen_rank>  FinishReport, from every generator rank that committed
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, cast
 
 from refit.plan import Manifest, PlanOptions, decode_manifest, encode_manifest
 from refit.transfer.errors import TransportError
+from refit.transfer.report import Span
 
 INPUTS = "prepare/inputs"
 GO = "prepare/go"
 OK = {"ok": True}
 P2P, GOLDEN = "p2p", "golden"
+PROCESS_GROUP, NIXL, CUDA_IPC = "process_group", "nixl", "cuda_ipc"
+TRANSPORTS = (PROCESS_GROUP, NIXL, CUDA_IPC)
 
 
 def describe_key(side: str, rank: int) -> str:
@@ -41,6 +46,10 @@ def decision_key(attempt: int) -> str:
     return f"refit/{attempt}/decision"
 
 
+def finished_key(attempt: int, gen_rank: int) -> str:
+    return f"refit/{attempt}/finished/{gen_rank}"
+
+
 @dataclass(frozen=True, slots=True)
 class Inputs:
     """All that decides a plan and how it is run. `digest` is the coordinator's plan digest."""
@@ -53,8 +62,11 @@ class Inputs:
     num_streams: int
     timeout_s: float
     digest: str
+    transport: str = PROCESS_GROUP
 
     def __post_init__(self) -> None:
+        if self.transport not in TRANSPORTS:
+            raise TransportError(f"transport is {self.transport!r}; it can be one of {', '.join(TRANSPORTS)}")
         if self.bulk not in (P2P, GOLDEN):
             raise TransportError(f"bulk is {self.bulk!r}; it can be {P2P!r} or {GOLDEN!r}")
         if self.num_streams < 1:
@@ -74,12 +86,15 @@ class Inputs:
                 "bucket_bytes": self.options.bucket_bytes,
                 "max_ops_per_round": self.options.max_ops_per_round,
                 "whitelist": list(self.options.whitelist),
+                "ranks_per_node": self.options.ranks_per_node,
+                "nics_per_node": self.options.nics_per_node,
             },
             "backend": self.backend,
             "bulk": self.bulk,
             "num_streams": self.num_streams,
             "timeout_s": self.timeout_s,
             "digest": self.digest,
+            "transport": self.transport,
         }
 
     @classmethod
@@ -94,9 +109,13 @@ class Inputs:
 
 @dataclass(frozen=True, slots=True)
 class RefitReport:
-    """What one joint rank did in one attempt. digests[tensor][dst_rank]; misc_digests[hf_name]."""
+    """What one joint rank did in one attempt. digests[tensor][dst_rank]; misc_digests[hf_name].
+
+    `started_s` is time.time() when the rank began; `spans` count from there, with "misc" as one more phase.
+    """
 
     version: int
+    started_s: float
     bytes_sent: int
     bytes_received: int
     misc_bytes: int
@@ -104,10 +123,12 @@ class RefitReport:
     digests: Mapping[str, Mapping[int, int]]
     misc_digests: Mapping[str, int]
     peak_extra_bytes: int
+    spans: tuple[Span, ...]
 
     def message(self) -> dict[str, object]:
         return {
             "version": self.version,
+            "started_s": self.started_s,
             "bytes_sent": self.bytes_sent,
             "bytes_received": self.bytes_received,
             "misc_bytes": self.misc_bytes,
@@ -118,17 +139,41 @@ class RefitReport:
             },
             "misc_digests": {name: f"{value:016x}" for name, value in self.misc_digests.items()},
             "peak_extra_bytes": self.peak_extra_bytes,
+            "spans": [
+                [s.phase, s.stage, s.lane, round(s.start_s, 6), round(s.stop_s, 6)] for s in self.spans
+            ],
         }
 
     @classmethod
     def of_message(cls, message: object) -> "RefitReport":
         fields = _fields(message, cls, "refit report")
+        fields["spans"] = tuple(Span(*span) for span in fields["spans"])
         fields["digests"] = {
             tensor: {int(rank): int(value, 16) for rank, value in by_rank.items()}
             for tensor, by_rank in fields["digests"].items()
         }
         fields["misc_digests"] = {name: int(value, 16) for name, value in fields["misc_digests"].items()}
         return cls(**fields)
+
+
+@dataclass(frozen=True, slots=True)
+class FinishReport:
+    """What a commit cost one generator rank. `started_s` is time.time() when vLLM's processing began.
+
+    `staged_bytes` is the memory that the new version took beside the one that served.
+    """
+
+    version: int
+    started_s: float
+    finalize_s: float
+    staged_bytes: int
+
+    def message(self) -> dict[str, object]:
+        return asdict(self)
+
+    @classmethod
+    def of_message(cls, message: object) -> "FinishReport":
+        return cls(**_fields(message, cls, "finish report"))
 
 
 def _fields(message: object, kind: type, words: str) -> dict[str, Any]:

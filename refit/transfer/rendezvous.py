@@ -112,6 +112,11 @@ class ControlStore:
             time.sleep(min(pause, timeout_s - waited))
             pause = min(2 * pause, POLL_S[1])
 
+    def get_final(self, key: str, timeout_s: float) -> object:
+        """Like `get`, but a value that is already there counts even if somebody has failed since."""
+        value = self.peek(key)
+        return self.get(key, timeout_s) if value is None else value
+
     def fail(self, phase: str, who: str, message: str) -> Failure:
         """Report a failure to everybody. Returns the failure that stands: the first one, which may be another's."""
         text = json.dumps([phase, who, message])

@@ -62,6 +62,7 @@ class ProcessGroupTransport:
         self._positions = {joint: position for position, joint in enumerate(ranks)}
         self._position = self._positions[rank]
         self._is_gloo = process_group.name() == "gloo"
+        self.is_aborted = False
 
     def post(self, sends: Sequence[Parcel], receives: Sequence[Parcel], tag: int) -> Ticket:
         group = self._process_group
@@ -81,11 +82,16 @@ class ProcessGroupTransport:
     def _post_together(self, wanted: Sequence[tuple[str, Parcel]], tag: int) -> Ticket:
         """NCCL: one group call, so that sends and receives of a round cannot wait for each other."""
         group, device = self._process_group, wanted[0][1].payload.device
-        group._start_coalescing(device)
-        for direction, parcel in wanted:
-            start = group.send if direction == SEND else group.recv
-            start([parcel.payload], self._position_of(parcel), 0)
-        work = group._end_coalescing(device)
+        positions = [self._position_of(parcel) for _, parcel in wanted]
+        try:
+            group._start_coalescing(device)
+            for (direction, parcel), position in zip(wanted, positions, strict=True):
+                start = group.send if direction == SEND else group.recv
+                start([parcel.payload], position, 0)
+            work = group._end_coalescing(device)
+        except RuntimeError as error:
+            words = ", ".join(describe(direction, parcel) for direction, parcel in wanted)
+            raise TransportError(f"cannot post a {words}: {error}") from error
         return tuple(Operation(direction, parcel, tag, work) for direction, parcel in wanted)
 
     def _position_of(self, parcel: Parcel) -> int:
@@ -112,12 +118,15 @@ class ProcessGroupTransport:
                 ) from error
         if ticket and ticket[0].parcel.payload.is_cuda:
             wait_for_stream(torch.cuda.current_stream(), deadline)
+        if self.is_aborted:  # an aborted NCCL call may return as if it had ended
+            raise TransportError(f"the transport of position {self._position} was aborted")
 
     def abort(self) -> None:
         """gloo ignores abort() and shutdown() (torch 2.13), but a receive that times out closes all pairs of its group.
 
         That frees all local waiters at once, and the peers see the connection closed.
         """
+        self.is_aborted = True
         if not self._is_gloo:
             self._process_group.abort()
             return

@@ -26,14 +26,16 @@ from refit.plan import (
     build_plan,
 )
 from refit.plan.dtypes import ITEM_BYTES
-from refit.transfer import bulk, golden
-from refit.transfer.compiled import compile_stage, row_major
+from refit.transfer import bulk, golden, m2n
+from refit.transfer.compiled import compile_stage
 from refit.transfer.groups import Group
+from refit.transfer.m2n import M2N
 from refit.transfer.memory import copy_cast, dtype_name, torch_dtype
 from refit.transfer.placements import Layout, Mesh
 from refit.transfer.protocol import GOLDEN, P2P
-from refit.transfer.report import BulkReport, Tally
-from refit.transfer.transport import ProcessGroupTransport, wait_for_work
+from refit.transfer.report import WIRE, BulkReport, Tally
+from refit.transfer.runs import row_major
+from refit.transfer.transport import ProcessGroupTransport, Transport, wait_for_work
 
 NAME = "tensor"
 MAX_DIMS = 8
@@ -69,27 +71,32 @@ def xferdtensor(
     backend: str = P2P,
     timeout_s: float = 300.0,
     bucket_bytes: int = 64 << 20,
+    transport: Transport | None = None,
 ) -> BulkReport:
     """Fill the local tensors `dst` with what the local tensors `src` hold. Collective over `group`.
 
     Meshes hold ranks of `group`; they may overlap. `src` is None on ranks outside the source mesh, `dst` on ranks
     outside the destination mesh. Cuts are those of torch.chunk; local shapes are exchanged and checked, so a wrong one
     raises PlanError on every rank. Where the dtypes differ the sender casts. `golden` is the oracle: gather, broadcast,
-    slice.
+    slice; `m2n` is NCCL's own and raises PlanError for what it cannot do. `transport` carries the bytes in place of
+    `group`, which is then left with the exchange of shapes.
     """
-    if backend not in (P2P, GOLDEN):
-        raise PlanError(f"xferdtensor backend {backend!r}; use {P2P!r} or {GOLDEN!r}")
+    if backend not in (P2P, GOLDEN, M2N):
+        raise PlanError(f"xferdtensor backend {backend!r}; use {P2P!r}, {GOLDEN!r} or {M2N!r}")
     deadline = time.monotonic() + timeout_s
     rank, size = group.rank(), group.size()
     ranks = tuple(range(size))
-    joint = Group("xferdtensor", ranks, rank, ProcessGroupTransport(group, ranks, rank), group)
+    way = ProcessGroupTransport(group, ranks, rank) if transport is None else transport
+    joint = Group("xferdtensor", ranks, rank, way, group)
     agreed = _agree(src, src_mesh, src_placements, dst, dst_mesh, dst_placements, group, deadline)
     if 0 in agreed.shape:
         return BulkReport()
     source = None if src is None else src.detach().contiguous()
     target = None if dst is None else dst.detach()
     landing = target if target is None or target.is_contiguous() else torch.empty_like(target).contiguous()
-    if backend == P2P:
+    if backend == M2N:
+        report = _by_m2n(agreed, source, landing, group, deadline)
+    elif backend == P2P:
         report = _by_plan(agreed, source, landing, joint, deadline, bucket_bytes)
     else:
         report = _by_golden(agreed, source, landing, joint, deadline)
@@ -107,10 +114,26 @@ def _by_plan(
         return BulkReport()
     params = {name: tensor for name, tensor in (("src", src), ("dst", dst)) if tensor is not None}
     device = held[0].device
-    stage = compile_stage(plan, _own_stage(plan, agreed, group.rank, len(group.ranks)), device)
+    own = _own_stage(plan, agreed, group.rank, len(group.ranks))
+    dtypes = {name: dtype_name(tensor.dtype) for name, tensor in params.items()}
+    stage = compile_stage(plan, own, group.rank, dtypes, device)
     return bulk.move_stage(
         bulk.StageJob(plan, stage, group.rank, params, group, deadline, device, with_digests=False)
     )
+
+
+def _by_m2n(
+    agreed: Agreed, src: Tensor | None, dst: Tensor | None, group: ProcessGroup, deadline: float
+) -> BulkReport:
+    given, wanted = agreed.src, agreed.dst
+    m2n.require_m2n(agreed.shape, given.layout, given.dtype, wanted.layout, wanted.dtype)
+    sides = [m2n.Descriptor.of(side.layout, agreed.shape, side.dtype) for side in (given, wanted)]
+    clock = time.perf_counter()
+    m2n.reshard(src, dst, sides, group, deadline)
+    tally = Tally()
+    tally.clock(WIRE, clock)
+    tally.bytes_received = 0 if dst is None else dst.numel() * dst.element_size()
+    return tally.report()
 
 
 def _by_golden(

@@ -26,9 +26,17 @@ KEYS = {
     "weight_version",
 }
 MARK = "REFIT_TEST_JOB"
+SECRETS = {"HF_TOKEN": "hf_s3cr3t-of-the-test", "WANDB_API_KEY": "wandb-s3cr3t-of-the-test"}
 CASES = [
     pytest.param("p2p", ["+policy.nccl_xfer_refit=true"], {}, id="plus"),
     pytest.param("p2p", ["++policy.nccl_xfer_refit=true"], {}, id="plus-plus", marks=pytest.mark.slow),
+    pytest.param(
+        "p2p",
+        ["+policy.nccl_xfer_refit=true", "refit.transport=nixl"],
+        {},
+        id="one-sided-reads",
+        marks=pytest.mark.slow,
+    ),
     pytest.param("conventional", [], {}, id="no-flag", marks=pytest.mark.slow),
     pytest.param(
         "golden",
@@ -60,15 +68,25 @@ def run_job(arguments: list[str], environment: dict[str, str], folder: Path) -> 
     mark = str(folder)
     done = subprocess.run(
         [sys.executable, "-m", "refit.run", *arguments, f"run_dir={folder}"],
-        env=os.environ | environment | {MARK: mark},
+        env=os.environ | environment | SECRETS | {MARK: mark},
         capture_output=True,
         text=True,
         timeout=800,
     )
     assert done.returncode == 0, done.stderr[-4000:]
     assert not marked_processes(mark)
+    assert not secrets_in(folder, done.stdout + done.stderr)
     summary: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return summary
+
+
+def secrets_in(folder: Path, printed: str) -> list[str]:
+    """Where a secret of the job's environment shows up: files of its run folder, or what it printed."""
+    values = [value.encode() for value in SECRETS.values()]
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    assert any(path.suffix == ".log" for path in files), "a job writes logs"
+    found = [str(path) for path in files if any(value in path.read_bytes() for value in values)]
+    return found + ["printed"] * any(value in printed.encode() for value in values)
 
 
 def marked_processes(mark: str) -> list[psutil.Process]:

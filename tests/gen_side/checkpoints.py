@@ -77,3 +77,27 @@ def header_only(folder, shapes, dtype="BF16", item_bytes=2):
         file.write(len(header).to_bytes(8, "little") + header)
         file.truncate(8 + len(header) + end)
     return folder
+
+
+def deepseek_shapes(layers, experts, hidden, inter, vocab):
+    shapes = {"model.embed_tokens.weight": (vocab, hidden), "lm_head.weight": (vocab, hidden)}
+    shapes["model.norm.weight"] = (hidden,)
+    for layer in range(layers):
+        p = f"model.layers.{layer}."
+        a = p + "self_attn."
+        shapes |= {
+            a + "q_a_proj.weight": (64, hidden), a + "q_a_layernorm.weight": (64,), a + "q_b_proj.weight": (256, 64),
+            a + "kv_a_proj_with_mqa.weight": (64, hidden), a + "kv_a_layernorm.weight": (32,),
+            a + "kv_b_proj.weight": (256, 32), a + "o_proj.weight": (hidden, 128),
+            p + "input_layernorm.weight": (hidden,), p + "post_attention_layernorm.weight": (hidden,),
+        }  # fmt: skip
+        if layer < 3:
+            mlps = [p + "mlp."]
+        else:
+            mlps = [f"{p}mlp.experts.{e}." for e in range(experts)] + [p + "mlp.shared_experts."]
+            shapes[p + "mlp.gate.weight"] = (experts, hidden)
+            shapes[p + "mlp.gate.e_score_correction_bias"] = (experts,)
+        for mlp in mlps:
+            shapes[mlp + "gate_proj.weight"] = shapes[mlp + "up_proj.weight"] = (inter, hidden)
+            shapes[mlp + "down_proj.weight"] = (hidden, inter)
+    return shapes

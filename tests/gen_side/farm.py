@@ -50,7 +50,9 @@ def _close():
 
 
 def _serve(pipe):
-    import tests.gen_side.preload  # noqa: F401
+    from refit.gen_side.bare import preload
+
+    preload()
 
     while True:
         try:

@@ -81,7 +81,7 @@ class Rounds:
         for name, tensor in stacked(tensors).items():
             self.params[name].copy_(tensor)
         sent = self.pool.submit(self._send, version, tensors)
-        decided = self.pool.submit(self._decide, refuse, fail)
+        decided = self.pool.submit(self._decide, version, refuse, fail)
         self.generator.stage(version, self.attempt)
         sent.result(TIMEOUT_S)
         decided.result(TIMEOUT_S)
@@ -104,8 +104,8 @@ class Rounds:
             self.endpoint.send_misc((name, tensors[name]) for name in self.endpoint.misc_names)
         return self.endpoint.put_report()
 
-    def _decide(self, refuse, fail):
-        reports = collect_reports(self.control, self.plan, self.attempt, TIMEOUT_S)
+    def _decide(self, version, refuse, fail):
+        reports = collect_reports(self.control, self.plan, self.attempt, version, TIMEOUT_S)
         reason = describe_mismatches(mismatches_of(self.plan, reports)) or refuse
         if fail:
             return self.control.fail("decide", "coordinator", fail)

@@ -14,6 +14,7 @@ TP1, TP2, TP4 = GenParallel(), GenParallel(tensor=2), GenParallel(tensor=4)
 PP2, TP2_PP2 = GenParallel(pipeline=2), GenParallel(tensor=2, pipeline=2)
 EP2, EP4 = GenParallel(tensor=2, expert=True), GenParallel(tensor=4, expert=True)
 
+# Nemotron-H is in the validation matrices, in bf16: on some CPUs vLLM has no float32 convolution.
 CASES = {
     "qwen2-bias-tp1": ("qwen2-bias", TP1),
     "qwen2-bias-tp2": ("qwen2-bias", TP2),
@@ -34,8 +35,6 @@ CASES = {
     "deepseek-v3-ep2": ("deepseek-v3", EP2),
     "deepseek-v3-pp2": ("deepseek-v3", PP2),
     "glm4-moe-tp2": ("glm4-moe", TP2),
-    "nemotron-h-tp1": ("nemotron-h", TP1),
-    "nemotron-h-tp2": ("nemotron-h", TP2),
     "gpt-oss-tp2": ("gpt-oss", TP2),
     "gemma2-tp2": ("gemma2", TP2),
 }

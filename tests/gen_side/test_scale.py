@@ -13,7 +13,7 @@ from refit.gen_side.generator import GenParallel
 from refit.gen_side.hf_index import read_hf_shapes
 from refit.gen_side.trace import trace_loader
 from refit.plan import encode_rank_manifest
-from tests.gen_side.checkpoints import header_only
+from tests.gen_side.checkpoints import deepseek_shapes, header_only
 from tests.gen_side.farm import run_ranks
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(900)]
@@ -85,30 +85,6 @@ def test_describing_a_worker_allocates_less_than_a_hundredth_of_the_model(tmp_pa
     (found,) = run_ranks(1, measure, GenParallel(), tmp_path)
     print(found)
     assert found["tensor_bytes"] + found["python_peak_bytes"] < 0.01 * found["model_bytes"]
-
-
-def deepseek_shapes(layers, experts, hidden, inter, vocab):
-    shapes = {"model.embed_tokens.weight": (vocab, hidden), "lm_head.weight": (vocab, hidden)}
-    shapes["model.norm.weight"] = (hidden,)
-    for layer in range(layers):
-        p = f"model.layers.{layer}."
-        a = p + "self_attn."
-        shapes |= {
-            a + "q_a_proj.weight": (64, hidden), a + "q_a_layernorm.weight": (64,), a + "q_b_proj.weight": (256, 64),
-            a + "kv_a_proj_with_mqa.weight": (64, hidden), a + "kv_a_layernorm.weight": (32,),
-            a + "kv_b_proj.weight": (256, 32), a + "o_proj.weight": (hidden, 128),
-            p + "input_layernorm.weight": (hidden,), p + "post_attention_layernorm.weight": (hidden,),
-        }  # fmt: skip
-        if layer < 3:
-            mlps = [p + "mlp."]
-        else:
-            mlps = [f"{p}mlp.experts.{e}." for e in range(experts)] + [p + "mlp.shared_experts."]
-            shapes[p + "mlp.gate.weight"] = (experts, hidden)
-            shapes[p + "mlp.gate.e_score_correction_bias"] = (experts,)
-        for mlp in mlps:
-            shapes[mlp + "gate_proj.weight"] = shapes[mlp + "up_proj.weight"] = (inter, hidden)
-            shapes[mlp + "down_proj.weight"] = (hidden, inter)
-    return shapes
 
 
 def test_sixty_layers_of_256_experts_are_described_in_time_and_travel_small(tmp_path):

@@ -6,7 +6,7 @@ from refit.gen_side.generator import GenParallel
 from tests.gen_side.exact import exact
 from tests.gen_side.farm import run_ranks
 
-pytestmark = pytest.mark.vllm
+pytestmark = [pytest.mark.vllm, pytest.mark.slow]  # the small validation matrix covers it in every run
 
 LAYOUTS = {
     "dense-tp1": ("tiny-qwen3", GenParallel(), {}),
@@ -18,12 +18,7 @@ LAYOUTS = {
 }
 
 
-IN_EVERY_RUN = ("dense-tp2", "dense-tied-tp2", "moe-tp2")
-
-
-@pytest.mark.parametrize(
-    "case", [case if case in IN_EVERY_RUN else pytest.param(case, marks=pytest.mark.slow) for case in LAYOUTS]
-)
+@pytest.mark.parametrize("case", LAYOUTS)
 def test_staging_by_holdings_equals_the_loader_and_two_refits_equal_a_fresh_load(case, checkpoints):
     model, parallel, overrides = LAYOUTS[case]
     start, coded = checkpoints(model, **overrides)

@@ -66,7 +66,7 @@ def test_explain_draws_both_sides_and_lists_the_routes_of_one_tensor():
 def test_simulate_shows_what_a_slow_rank_costs_and_writes_a_picture(tmp_path):
     picture = tmp_path / "timeline.svg"
     even = json.loads(refit("simulate", *LAYOUT, "--json").stdout)
-    slow = refit("simulate", *LAYOUT, "--json", "--slow", "gen:1=0.25", "--picture", str(picture))
+    slow = refit("simulate", *LAYOUT, "--json", "--slow", "gen:1=0.1", "--picture", str(picture))
     report = json.loads(slow.stdout)
     assert report["seconds"] > 1.2 * even["seconds"] and report["straggler"] == "gen 1"
     assert even["bound_s"] <= even["seconds"]
@@ -79,6 +79,21 @@ def test_simulate_names_the_dead_rank_and_says_which_version_serves():
     )
     assert report["failure"].startswith("rank 0 died at 0.010 s") and "old version" in report["failure"]
     assert report["seconds"] == pytest.approx(5.01)
+
+
+def test_a_topology_shows_the_fan_out_inside_nodes_and_without_one_there_is_none():
+    assert json.loads(refit("plan", *LAYOUT, "--json").stdout)["fan_out"] is None
+    fabric = ("--topology", "ranks_per_node=4,nics_per_node=4")
+    report = json.loads(refit("plan", *LAYOUT, "--json", *fabric).stdout)
+    assert (
+        report["fan_out"]["bound_ratio"] <= 1.05 and report["fan_out"]["predicted_s"] < report["predicted_s"]
+    )
+    assert "executor moves direct plans only" in refit("plan", *LAYOUT, *fabric).stdout
+    direct, two_hops = (
+        json.loads(refit("simulate", *LAYOUT, "--json", *fabric, *words).stdout)
+        for words in ((), ("--fan-out",))
+    )
+    assert two_hops["seconds"] < direct["seconds"]
 
 
 @pytest.mark.parametrize(
@@ -96,6 +111,7 @@ def test_simulate_names_the_dead_rank_and_says_which_version_serves():
             "did you mean model.layers.0.self_attn",
         ),
         (("simulate", *LAYOUT, "--slow", "gen:99=0.5"), "with a rank of this plan"),
+        (("simulate", *LAYOUT, "--fan-out"), "give --topology"),
     ],
 )
 def test_an_error_ends_with_status_2_and_says_what_to_do(words, remedy):

@@ -59,8 +59,24 @@ def test_every_input_that_matters_changes_the_digest():
         build_plan(train, gen, replace(options, max_ops_per_round=7)),
         build_plan(train, gen, PlanOptions(options.bucket_bytes, options.max_ops_per_round, ())),
         build_plan(moved(train), gen, options),
+        build_plan(renamed(train), gen, options),
+        build_plan(staged(train), gen, options),
     ]
-    assert len({digest, *(plan.digest for plan in others)}) == 5
+    assert len({digest, *(plan.digest for plan in others)}) == 7
+
+
+def renamed(manifest):
+    """The same manifest with one param under another name."""
+    first = manifest.ranks[0]
+    name = first.holdings[0].param
+    params = tuple(replace(one, name="other") if one.name == name else one for one in first.params)
+    holdings = tuple(replace(one, param="other") if one.param == name else one for one in first.holdings)
+    return Manifest("train", (replace(first, params=params, holdings=holdings), *manifest.ranks[1:]))
+
+
+def staged(manifest):
+    """The same manifest with all ranks one pipeline stage later."""
+    return Manifest("train", tuple(replace(rank, stage=rank.stage + 1) for rank in manifest.ranks))
 
 
 def moved(manifest):

@@ -6,7 +6,7 @@ from math import prod
 import pytest
 
 from refit.plan import ConfigError, build_plan
-from refit.plan.cost import Topology, cost_of
+from refit.plan.cost import Topology, cost_of, max_over_mean_in_stage
 from refit.plan.synth.config import load_model, model_from_config, shipped_models
 from refit.plan.synth.gen import gen_manifest, linear_experts
 from refit.plan.synth.modules import shapes
@@ -109,6 +109,7 @@ def check_near_bound(name, train, gen):
     cost = cost_of(plan, Topology())
     assert cost.bound_ratio <= 1.05, f"{name} {train} -> {gen}: {cost.busiest} against {cost.bound_link}"
     assert cost.idle_senders == 0
+    assert max_over_mean_in_stage(plan.totals) <= 1.001
     assert plan.bulk_bytes >= 0.999 * (plan.bulk_bytes + plan.misc_bytes)
 
 

@@ -45,7 +45,7 @@ CASES = {
         TrainParallel(tensor=2, data=2, expert=2, expert_tensor=2),
         TrainMesh(tp=2, ep=2, etp=2),
     ),
-    "MLA TP2": ("tiny-deepseek-v3", {}, TrainParallel(tensor=2), TrainMesh(tp=2, etp=1)),
+    "MLA TP2": ("tiny-deepseek-v3", {}, TrainParallel(tensor=2), TrainMesh(tp=2, etp=1, te=0)),
     "hybrid TP2": ("tiny-nemotron-h", {}, TrainParallel(tensor=2), TrainMesh(tp=2, etp=1)),
 }
 
@@ -58,7 +58,7 @@ def test_a_config_derived_trainer_equals_the_real_one(trainers, checkpoints, cas
     reals = [decode_rank_manifest(result["manifest"]) for result in results]
     synthetic = train_manifest(load_model(str(folder)), mesh_of(mesh))
     found = [d for real, mine in zip(reals, synthetic.ranks, strict=True) for d in differences(real, mine)]
-    assert found == []
+    assert not found, "\n".join(found[:60])
 
 
 def mesh_of(mesh):

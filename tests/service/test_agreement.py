@@ -25,7 +25,7 @@ from refit.plan import (
 )
 from refit.service.agreement import Terms, agree_on_plan, describe_mismatches, mismatches_of
 from refit.service.config import JobConfig, PolicyConfig, RefitConfig
-from refit.service.coordinator import whitelist_of
+from refit.service.rounds import whitelist_of
 from refit.transfer.errors import RefitFailed, TransportError
 from refit.transfer.protocol import OK, describe_key, digest_key, ready_key
 from refit.transfer.rendezvous import ControlStore

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
+from refit import run
 from refit.plan.errors import ConfigError
 from refit.run import CONFIG_FOLDER, load_config, main
 from refit.service.config import known_keys
@@ -57,13 +60,17 @@ def test_a_golden_variable_that_is_neither_0_nor_1_is_refused(monkeypatch):
 
 def test_the_number_of_streams_comes_from_the_environment_unless_it_is_given(monkeypatch):
     monkeypatch.setenv("NRL_REFIT_NUM_STREAMS", "5")
-    assert load_config("default").refit.num_streams == 5
-    assert load_config("default", ["refit.num_streams=3"]).refit.num_streams == 3
+    assert load_config("default").num_streams == 5
+    assert load_config("default", ["refit.num_streams=3"]).num_streams == 3
 
 
-def test_the_number_of_streams_is_two_by_default(monkeypatch):
+@pytest.mark.parametrize(("stages", "streams"), [(1, 1), (4, 4), (16, 16), (40, 16)])
+def test_the_number_of_streams_is_that_of_the_trainer_stages_by_default_up_to_16(
+    monkeypatch, stages, streams
+):
     monkeypatch.delenv("NRL_REFIT_NUM_STREAMS", raising=False)
-    assert load_config("default").refit.num_streams == 2
+    config = load_config("default", [f"policy.pipeline_parallel={stages}"])
+    assert config.refit.num_streams is None and config.num_streams == streams
 
 
 @pytest.mark.parametrize(
@@ -181,3 +188,14 @@ def test_options_and_overrides_may_come_in_any_order(arguments, capfd):
     printed = capfd.readouterr().out
     for line in ("steps: 7", "tensor_parallel: 2", "nccl_xfer_refit: true"):
         assert line in printed
+
+
+def test_sigterm_interrupts_once_and_a_second_one_does_not_cut_the_clean_end_short() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with run._sigterm_interrupts():
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(10)
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.1)
+    assert signal.getsignal(signal.SIGTERM) is before

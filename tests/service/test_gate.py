@@ -50,9 +50,31 @@ REFUSALS = [
     (["refit.num_streams=0"], ["refit.num_streams = 0"]),
     (["refit.timeout_s=0"], ["refit.timeout_s = 0"]),
     (["refit.verify_every=-1"], ["refit.verify_every = -1"]),
+    (["refit.retries=-1"], ["refit.retries = -1"]),
+    (["cluster.restart_generators=-1"], ["cluster.restart_generators = -1"]),
+    (["cluster.placement=NEAR"], ["cluster.placement = 'NEAR'", "PACK, SPREAD"]),
+    (["refit.pause=stop"], ["refit.pause = 'stop'", "wait, abort, keep"]),
+    (["refit.kv_cache=drop"], ["refit.kv_cache = 'drop'", "clear, keep"]),
+    (["grpo.max_staleness=-1"], ["grpo.max_staleness = -1"]),
+    (["grpo.checkpoint_every=-1"], ["grpo.checkpoint_every = -1"]),
     (["policy.precision=fp8"], ["policy.precision = 'fp8'", "Use one of bf16, fp32"]),
-    (["generation.precision=int4"], ["generation.precision = 'int4'", "Use one of bf16, fp32"]),
+    (["generation.precision=int4"], ["generation.precision = 'int4'", "Use one of bf16, fp32, fp8, mxfp8"]),
+    (["generation.precision=nvfp4"], ["generation.precision = 'nvfp4'", "Use one of"]),
+    (
+        ["generation.precision=mxfp8", "policy.precision=fp32"],
+        ["'mxfp8'", "policy.precision 'fp32'", "=bf16"],
+    ),
+    (
+        ["generation.precision=fp8"],
+        ["generation.tensor_parallel = 2", "64 of attention rows", "blocks of 128"],
+    ),
+    ([MOE, "generation.precision=mxfp8"], ["generation.precision = 'mxfp8'", "experts", "Use fp8"]),
     (["refit.backend=mpi"], ["refit.backend = 'mpi'", "Use one of gloo, nccl"]),
+    (
+        ["refit.transport=carrier_pigeon"],
+        ["refit.transport = 'carrier_pigeon'", "process_group, nixl, cuda_ipc"],
+    ),
+    (["refit.transport=cuda_ipc"], ["refit.transport = 'cuda_ipc'", "no CUDA device to share"]),
     (["refit.bulk=m2n"], ["refit.bulk = 'm2n'", "Use one of p2p, golden"]),
     (["grpo.task=chess"], ["grpo.task = 'chess'", "basic_arithmetic"]),
     (["policy.model=/no/such/folder"], ["policy.model = '/no/such/folder'", "no such folder", "tiny-qwen3"]),
@@ -173,6 +195,13 @@ def test_devices_and_memory_of_an_existing_cluster_are_not_judged_here(models):
     nothing = Environment(available_memory_bytes=0, num_cuda_devices=0, taken_ports=())
     config = load_config("default", ["cluster.address=auto", "refit.backend=nccl"])
     check(config, models["tiny-qwen3"], nothing)
+
+
+def test_a_transport_whose_package_is_missing_is_refused(models):
+    message = refuse(models, ["refit.transport=nixl"], dataclasses.replace(LAPTOP, has_nixl=False))
+    assert "refit.transport = 'nixl': the package nixl is not installed. Install nixl" in message
+    config = load_config("default", ["refit.transport=nixl"])
+    check(config, models["tiny-qwen3"], LAPTOP)
 
 
 def test_a_cluster_that_does_not_answer_is_refused(models):

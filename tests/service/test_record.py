@@ -6,10 +6,11 @@ import dataclasses
 import io
 import json
 import random
+import types
 
 import pytest
 
-from refit.service.progress import JobProgress, step_line
+from refit.service.progress import JobProgress, clock_time, remaining_s, step_line
 from refit.service.record import (
     RefitStepRecord,
     RunRecord,
@@ -19,6 +20,7 @@ from refit.service.record import (
     scalars,
     summarize,
 )
+from refit.service.refit_record import PlanRecord, RefitRecord
 
 
 def step(number, reward=0.5, *, gen_kl=1e-4, last=False, verified=None):
@@ -165,6 +167,30 @@ def test_without_a_terminal_progress_is_plain_lines():
     assert "step   1" in text
     assert "a [bracket] stays" in text
     assert "\x1b" not in text
+
+
+def test_progress_says_how_much_is_left():
+    stream = io.StringIO()
+    with JobProgress.open(stream) as progress, progress.stepping(3) as stepped:
+        for number in (1, 2, 3):
+            stepped(step(number))
+    lines = stream.getvalue().splitlines()
+    assert ["left 0:00" in line for line in lines] == [True, True, False], (
+        "after the last step nothing is left"
+    )
+    assert remaining_s(4, 10, 20.0) == 30.0 and remaining_s(11, 10, 20.0) == 0.0
+    assert (clock_time(125.4), clock_time(3607.0), clock_time(0.2)) == ("2:05", "1:00:07", "0:00")
+
+
+def test_whoever_serves_metrics_hears_of_every_step_and_refit(tmp_path):
+    heard = []
+    metrics = types.SimpleNamespace(add_step=heard.append, add_refit=heard.append)
+    run = RunRecord.open(tmp_path, metrics)
+    lost = RefitRecord.failed(PlanRecord("d", 1, 1, 1, 0, 1, 0, 1.0, "", "", ()), 2, "gone", 1.0)
+    run.add(step(1))
+    run.add_refit(lost, PlanRecord("d", 1, 1, 1, 0, 1, 0, 1.0, "", "", ()))
+    run.close()
+    assert heard == [step(1), lost]
 
 
 def test_a_wait_that_fails_does_not_say_done():

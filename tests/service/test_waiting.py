@@ -15,7 +15,8 @@ import pytest
 import ray
 
 from refit.run import load_config
-from refit.service.cluster import Cluster, end_processes, shared_memory_of
+from refit.service.cluster import Cluster
+from refit.service.processes import end_processes, shared_memory_of
 from refit.service.waiting import collect, root_cause
 from refit.transfer.errors import Failure, RefitFailed, TransportError
 

@@ -246,6 +246,33 @@ def test_a_transposed_expert_swaps_strides():
     assert held.strides[1:] == (1, 3)
 
 
+RULES = {
+    "AutoMapping": "auto",
+    "ColumnParallelMapping": "column",
+    "RowParallelMapping": "row",
+    "ReplicatedMapping": "replicated",
+    "DirectMapping": "replicated",
+    "QKVMapping": "qkv",
+    "ConcatenatedQKVMapping": "qkv_concatenated",
+    "QKVGMapping": "qkv_with_head_gate",
+    "KVMapping": "kv",
+    "GatedMLPMapping": "gated_mlp",
+    "FusedExpertMapping": "fused_expert",
+    "FusedGatedExpertMapping": "fused_gated_expert",
+    "MambaInProjMapping": "mamba_in_proj",
+    "MambaConv1dMapping": "mamba_conv1d",
+    "GDNConv1dMapping": "gdn_conv1d",
+    "GDNLinearMapping": "gdn_in_proj",
+    "GDNLinearMappingSeparate": "gdn_in_proj_separate",
+}
+
+
+@pytest.mark.megatron
+@pytest.mark.timeout(400)
+def test_each_mapping_class_has_its_rule_also_those_that_no_tiny_model_uses(trainers):
+    assert trainers.run(ranks.rule_names, 1) == (RULES,)
+
+
 @pytest.mark.megatron
 @pytest.mark.timeout(400)
 def test_an_expert_of_a_fused_hf_tensor_is_found_by_its_number_also_transposed(trainers):

@@ -67,6 +67,10 @@ def full_tensor(spec: TensorSpec, stored: str, seed: int, version: int) -> torch
     return raw.view(dtype).reshape(spec.shape)
 
 
+def param_dtypes(manifest: RankManifest) -> dict[str, str]:
+    return {spec.name: spec.dtype for spec in manifest.params}
+
+
 def empty_params(manifest: RankManifest) -> dict[str, torch.Tensor]:
     """Params of one rank, filled with a pattern that shows any stray write."""
     return {

@@ -6,6 +6,7 @@ from refit.transfer.protocol import (
     INPUTS,
     OK,
     P2P,
+    PROCESS_GROUP,
     Inputs,
     RefitReport,
     decision_key,
@@ -28,6 +29,7 @@ def prepare(
     bulk: str = P2P,
     num_streams: int = 2,
     timeout_s: float = 30.0,
+    transport: str = PROCESS_GROUP,
 ) -> None:
     """Lead `num_train + num_gen` endpoints through prepare. `timeout_s` is the one of the refits to come."""
     sides = []
@@ -35,7 +37,7 @@ def prepare(
         texts = [control.get(describe_key(side, rank), PREPARE_S) for rank in range(count)]
         sides.append(Manifest(side, tuple(decode_rank_manifest(str(text)) for text in texts)))
     plan = build_plan(sides[0], sides[1], options)
-    inputs = Inputs(sides[0], sides[1], options, "gloo", bulk, num_streams, timeout_s, plan.digest)
+    inputs = Inputs(sides[0], sides[1], options, "gloo", bulk, num_streams, timeout_s, plan.digest, transport)
     control.put(INPUTS, inputs.message())
     for rank in range(num_train + num_gen):
         assert control.get(digest_key(rank), PREPARE_S) == plan.digest

@@ -14,7 +14,8 @@ from refit.transfer.errors import TransportError
 from refit.transfer.groups import Group
 from refit.transfer.in_memory import CORRUPT, DROP, FAIL, STALL, SWAP, TWICE, Fault, InMemoryNetwork
 from refit.transfer.locate import bisect, mismatches
-from tests.transfer.cases import empty_params, fill_params, make_case, same_bits
+from refit.transfer.runs import Runs
+from tests.transfer.cases import empty_params, fill_params, make_case, param_dtypes, same_bits
 
 SEED = 5
 
@@ -32,7 +33,9 @@ def run_in_threads(fault: Fault | None, deadline_s: float = 20.0):
     def run(rank: int) -> None:
         for stage in plan.rank_plan(rank).stages:
             group = Group("memory", stage.group_ranks, rank, networks[stage.stage].transport(rank))
-            compiled = compile_stage(plan, stage, torch.device("cpu"))
+            compiled = compile_stage(
+                plan, stage, rank, param_dtypes(case.manifest(rank)), torch.device("cpu")
+            )
             deadline = time.monotonic() + deadline_s
             job = StageJob(plan, compiled, rank, params[rank], group, deadline, torch.device("cpu"))
             try:
@@ -86,6 +89,22 @@ def test_a_lying_wire_is_named_by_tensor_and_rank(kind, number):
     wrong = wrong_tensors(case, params)
     assert wrong and {(fault.tensor, fault.dst_rank) for fault in found} == wrong
     assert "on rank 2: trainers sent" in str(found[0])
+
+
+def test_an_unpack_that_leaves_memory_as_it_was_is_named_by_tensor_and_rank(monkeypatch):
+    copy, skipped = Runs.copy, []
+
+    def once_lazy(runs, addresses, parcel, is_pack):
+        if is_pack or skipped or not runs.num_bytes:
+            copy(runs, addresses, parcel, is_pack)
+        else:
+            skipped.append(runs)
+
+    monkeypatch.setattr(Runs, "copy", once_lazy)
+    case, plan, params, reports, errors = run_in_threads(None)
+    wrong = wrong_tensors(case, params)
+    assert errors == {} and skipped and wrong
+    assert {(fault.tensor, fault.dst_rank) for fault in faults_found(plan, reports)} == wrong
 
 
 @pytest.mark.parametrize("kind", [STALL, FAIL])

@@ -1,13 +1,14 @@
 """Whole refits between real processes over gloo: what arrives, what is reported, what is left untouched."""
 
 import random
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
 
 from refit.plan import PlanOptions, build_plan
 from refit.transfer.endpoint import Endpoint, misc_specs
-from refit.transfer.protocol import GOLDEN, P2P
+from refit.transfer.protocol import GOLDEN, NIXL, P2P, PROCESS_GROUP
 from refit.transfer.rendezvous import ControlStore
 from tests.processes import Processes
 from tests.transfer import coordinator
@@ -68,11 +69,16 @@ def _misc(endpoint: Endpoint, case: Case, seed: int, version: int) -> None:
             assert same_bits(tensor, expected)
 
 
-def run_refits(runs: list[tuple[str, int, Case, int]], bulk_of_run: dict[str, str]) -> list[list[int]]:
+def run_refits(
+    runs: list[tuple[str, int, Case, int]],
+    bulk_of_run: dict[str, str],
+    transport: str = PROCESS_GROUP,
+    life: Callable[..., object] = refit_rank,
+) -> list[list[int]]:
     case = runs[0][2]
     num_train = len(case.train.ranks)
     host = ControlStore.host()
-    with Processes(refit_rank, case.num_ranks, (host.port, runs)) as processes:
+    with Processes(life, case.num_ranks, (host.port, runs)) as processes:
         for run_id, _, run_case, versions in runs:
             control = host.under(run_id)
             coordinator.prepare(
@@ -82,6 +88,7 @@ def run_refits(runs: list[tuple[str, int, Case, int]], bulk_of_run: dict[str, st
                 run_case.options,
                 bulk=bulk_of_run[run_id],
                 num_streams=2,
+                transport=transport,
             )
             for version in range(versions):
                 found = coordinator.reports(control, version, case.num_ranks)
@@ -114,6 +121,12 @@ def test_three_trainers_feed_three_generators_in_many_small_rounds():
         for seed, case in enumerate(cases)
     ]
     run_refits(runs, {run_id: P2P for run_id, _, _, _ in runs})
+
+
+def test_a_refit_whose_bulk_goes_by_one_sided_reads_leaves_the_planned_bits_over_three_versions():
+    runs = [(f"nixl-{seed}", seed, make_case(seed), NUM_VERSIONS) for seed in (0, 3)]
+    golden = ("nixl-golden", 4, make_case(4), 1)
+    run_refits([*runs, golden], {**{run[0]: P2P for run in runs}, "nixl-golden": GOLDEN}, NIXL)
 
 
 def test_tensors_without_a_whitelist_pattern_go_by_broadcast():

@@ -1,5 +1,6 @@
 """One conformance suite for every transport. A new transport is one more `Network` in NETWORKS."""
 
+import ctypes
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -11,6 +12,10 @@ import torch
 from refit.transfer.errors import TransportError
 from refit.transfer.groups import open_group
 from refit.transfer.in_memory import InMemoryNetwork
+from refit.transfer.ipc_link import IpcLink
+from refit.transfer.local_mail import LocalMail
+from refit.transfer.nixl_link import open_transport
+from refit.transfer.one_sided import OneSidedTransport
 from refit.transfer.rendezvous import ControlStore
 from refit.transfer.transport import Parcel, Transport
 
@@ -38,7 +43,41 @@ def gloo() -> dict[int, Transport]:
     return dict(zip(RANKS, at_once([lambda rank=rank: connect(rank) for rank in RANKS]), strict=True))
 
 
-NETWORKS: tuple[Network, ...] = (memory, gloo)
+def nixl() -> dict[int, Transport]:
+    """Agents of one process; two processes are in test_one_sided.py."""
+    host = ControlStore.host()
+
+    def connect(rank: int) -> Transport:
+        control = ControlStore.join("127.0.0.1", host.port, host.run_id)
+        return open_transport(control, "suite", RANKS, rank, time.monotonic() + 30)
+
+    return dict(zip(RANKS, at_once([lambda rank=rank: connect(rank) for rank in RANKS]), strict=True))
+
+
+class OwnMemory:
+    """Memory of this process by its address: what CUDA IPC is between processes that share a GPU."""
+
+    def describe(self, payload: torch.Tensor) -> bytes:
+        return b"%d %d" % (payload.data_ptr(), payload.numel())
+
+    def open(self, description: bytes, like: torch.Tensor) -> torch.Tensor:
+        address, num_bytes = map(int, description.split())
+        return torch.frombuffer((ctypes.c_uint8 * num_bytes).from_address(address), dtype=torch.uint8)
+
+
+def ipc() -> dict[int, Transport]:
+    """The CUDA IPC transport without CUDA; two processes on one GPU are in tests/gpu."""
+    host = ControlStore.host()
+
+    def connect(rank: int) -> Transport:
+        control = ControlStore.join("127.0.0.1", host.port, host.run_id)
+        mail = LocalMail.open(control, "suite", RANKS, rank, time.monotonic() + 30)
+        return OneSidedTransport(IpcLink(mail, OwnMemory()), RANKS, rank)
+
+    return dict(zip(RANKS, at_once([lambda rank=rank: connect(rank) for rank in RANKS]), strict=True))
+
+
+NETWORKS: tuple[Network, ...] = (memory, gloo, nixl, ipc)
 
 
 def at_once(calls: Sequence[Callable[[], object]]) -> list[object]:

@@ -10,9 +10,10 @@ from torch.distributed.tensor.placement_types import Partial, Placement, Replica
 
 from refit.plan import PlanError, Region
 from refit.transfer.errors import TransportError
-from refit.transfer.groups import open_group
+from refit.transfer.groups import Group, open_group
 from refit.transfer.memory import as_bits, torch_dtype
 from refit.transfer.placements import Layout
+from refit.transfer.protocol import NIXL, PROCESS_GROUP
 from refit.transfer.rendezvous import ControlStore
 from refit.transfer.xferdtensor import xferdtensor
 from tests.processes import run_processes
@@ -78,10 +79,11 @@ def local(
     return share.contiguous().view(full.dtype)
 
 
-def transfer_rank(rank: int, port: int, size: int, seeds: range) -> int:
+def transfer_rank(rank: int, port: int, size: int, seeds: range, transport: str = PROCESS_GROUP) -> int:
     """Run every case with both back ends; returns how many tensors were compared."""
     torch.set_num_threads(1)
-    group = _group(rank, port, size)
+    joined = _group(rank, port, size, transport)
+    group = joined.process_group
     compared = 0
     for seed in seeds:
         transfer = make_transfer(seed, size)
@@ -102,6 +104,7 @@ def transfer_rank(rank: int, port: int, size: int, seeds: range) -> int:
                     backend=backend,
                     timeout_s=60.0,
                     bucket_bytes=transfer.bucket_bytes,
+                    transport=joined.transport,
                 )
                 if dst is not None:
                     assert torch.equal(as_bits(dst), as_bits(expected)), f"seed {seed} call {call} {backend}"
@@ -109,9 +112,10 @@ def transfer_rank(rank: int, port: int, size: int, seeds: range) -> int:
     return compared
 
 
-def _group(rank: int, port: int, size: int):
+def _group(rank: int, port: int, size: int, transport: str = PROCESS_GROUP) -> Group:
     control = ControlStore.join("127.0.0.1", port, "xfer")
-    return open_group(control, "xfer", tuple(range(size)), rank, "gloo", time.monotonic() + 60).process_group
+    deadline = time.monotonic() + 60
+    return open_group(control, "xfer", tuple(range(size)), rank, "gloo", deadline, transport)
 
 
 @pytest.mark.processes
@@ -119,6 +123,12 @@ def _group(rank: int, port: int, size: int):
 def test_p2p_and_golden_give_each_rank_its_chunk_of_the_full_tensor(size):
     host = ControlStore.host()
     assert sum(run_processes(transfer_rank, size, host.port, size, range(20), timeout_s=120)) > 20
+
+
+@pytest.mark.processes
+def test_xferdtensor_over_one_sided_reads_gives_each_rank_its_chunk_of_the_full_tensor():
+    host = ControlStore.host()
+    assert sum(run_processes(transfer_rank, 3, host.port, 3, range(10), NIXL, timeout_s=120)) > 10
 
 
 @pytest.mark.processes
@@ -131,7 +141,7 @@ def test_p2p_equals_golden_on_a_hundred_cases_of_each_size(size):
 
 def wrong_rank(rank: int, port: int) -> list[str]:
     """Every rank meets the same error for input that only one rank got wrong."""
-    group = _group(rank, port, 2)
+    group = _group(rank, port, 2).process_group
     mesh = torch.arange(2)
     full, part = torch.zeros(4, 4), torch.zeros(2, 4)
     errors = []
@@ -159,7 +169,7 @@ def test_wrong_local_tensors_raise_the_same_error_on_every_rank():
 
 
 def cast_and_stride_rank(rank: int, port: int) -> None:
-    group = _group(rank, port, 2)
+    group = _group(rank, port, 2).process_group
     mesh = torch.arange(2)
     full = torch.randn(7, 6, generator=torch.Generator().manual_seed(0))
     src = full.chunk(2)[rank]
@@ -175,7 +185,7 @@ def test_the_sender_casts_and_a_destination_may_be_strided():
 
 
 def lonely_rank(rank: int, port: int) -> str:
-    group = _group(rank, port, 2)
+    group = _group(rank, port, 2).process_group
     if rank == 1:
         time.sleep(6)
         return ""

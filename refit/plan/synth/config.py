@@ -220,10 +220,8 @@ def _nemotron(config: Config) -> Model:
 def _nemotron_layer(config: Config, layer: int, kind: str) -> tuple[Module, ...]:
     head, hidden = f"backbone.layers.{layer}", config.number("hidden_size")
     mixer = f"{head}.mixer"
-    train_norm = {"M": "mixer.in_proj.layer_norm", "*": "input_layernorm"}.get(kind, "pre_mlp_layernorm")
-    norm = Vector(
-        f"{head}.norm.weight", f"{train_norm}_weight" if kind == "M" else f"{train_norm}.weight", hidden
-    )
+    train_norm = {"M": "norm", "*": "input_layernorm"}.get(kind, "pre_mlp_layernorm")
+    norm = Vector(f"{head}.norm.weight", f"{train_norm}.weight", hidden)
     match kind:
         case "M":
             return norm, _mamba(config, mixer, hidden)

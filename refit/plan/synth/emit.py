@@ -6,8 +6,8 @@ from math import prod
 
 from refit.plan.manifest import Holding, ParamSpec, RankManifest, TensorSpec, coalesce_holdings
 from refit.plan.region import Region
-
-type Shapes = dict[str, tuple[tuple[int, ...], str | None]]
+from refit.plan.synth.modules import Shapes
+from refit.plan.synth.parallel import even_share
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +40,17 @@ def window(blocks: Iterable[Block], low: int, high: int) -> tuple[Block, ...]:
 def num_rows(blocks: Iterable[Block]) -> int:
     """Rows of a stack of blocks."""
     return sum(block.stop - block.start for block in blocks)
+
+
+def cut_parts(tensor: str, sizes: Iterable[int], parts: int, index: int) -> list[Block]:
+    """Share `index` of `parts` of each of the row blocks of `sizes` rows that a fused tensor consists of."""
+    blocks: list[Block] = []
+    base = 0
+    for size in sizes:
+        low, high = even_share(f"{tensor} part", size, parts, index)
+        blocks.append(Block(tensor, base + low, base + high))
+        base += size
+    return blocks
 
 
 @dataclass(slots=True)

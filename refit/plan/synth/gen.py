@@ -4,9 +4,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import assert_never
 
+from refit.plan.collector import collector_paused
 from refit.plan.errors import ConfigError
 from refit.plan.manifest import Manifest, MiscReason, RankManifest
-from refit.plan.synth.emit import Block, Emitter
+from refit.plan.synth.emit import Block, Emitter, cut_parts
 from refit.plan.synth.modules import (
     Attention,
     Experts,
@@ -23,6 +24,9 @@ from refit.plan.synth.modules import (
 from refit.plan.synth.parallel import GenMesh, even_share
 
 VOCABULARY_PADDING_ROWS = 64
+# The engine's own names of the stacked experts are known to the generator adapter alone. A plan needs no more than
+# names that differ, so these two are our own; every other param has the engine's name.
+EXPERT_UPS, EXPERT_DOWNS = "routed_experts.ups", "routed_experts.downs"
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +44,7 @@ class Place:
         return cls(inside // mesh.tp % mesh.pp, tp, engine * mesh.tp + tp if mesh.ep else 0)
 
 
+@collector_paused()
 def gen_manifest(model: Model, mesh: GenMesh) -> Manifest:
     """All generators. Equal places of all replicas share one body; cost is per place."""
     bodies: dict[Place, RankManifest] = {}
@@ -81,9 +86,13 @@ class _Lowering:
 
     def add(self, module: Module) -> None:
         self.emitter.shapes.update(shapes(module))
+        if isinstance(
+            module, Mamba
+        ):  # the engine computes with -exp(A_log), in float32 whatever the model has
+            self.emitter.shapes[f"{module.name}.A_log"] = ((module.num_heads,), "float32")
         match module:
             case Vector():
-                self.emitter.rows(module.name, [Block(module.name, 0, module.size)])
+                self._rows(module.name, [Block(module.name, 0, module.size)])
             case Vocabulary():
                 self._vocabulary(module)
             case Linear():
@@ -101,10 +110,16 @@ class _Lowering:
             case _:
                 assert_never(module)
 
+    def _rows(self, param: str, blocks: Sequence[Block]) -> None:
+        """Nemotron-H is the one family whose params the engine does not name as the checkpoint names its tensors."""
+        if param.startswith("backbone."):
+            param = param.replace("backbone.", "model.", 1).replace(".embeddings.", ".embed_tokens.")
+        self.emitter.rows(param, blocks)
+
     def _vocabulary(self, module: Vocabulary) -> None:
         padded = module.num_rows + -module.num_rows % VOCABULARY_PADDING_ROWS
         low, high = even_share("padded vocabulary", padded, self.mesh.tp, self.place.tp)
-        self.emitter.rows(f"{module.name}.weight", [Block(f"{module.name}.weight", low, high)])
+        self._rows(f"{module.name}.weight", [Block(f"{module.name}.weight", low, high)])
 
     def _linear(self, module: Linear) -> None:
         rows, columns = (0, module.out_size), (0, module.in_size)
@@ -112,9 +127,9 @@ class _Lowering:
             rows = even_share(f"{module.name} rows", module.out_size, self.mesh.tp, self.place.tp)
         elif module.cut == "row":
             columns = even_share(f"{module.name} columns", module.in_size, self.mesh.tp, self.place.tp)
-        self.emitter.rows(f"{module.name}.weight", [Block(f"{module.name}.weight", *rows, columns)])
+        self._rows(f"{module.name}.weight", [Block(f"{module.name}.weight", *rows, columns)])
         if module.bias:
-            self.emitter.rows(f"{module.name}.bias", [Block(f"{module.name}.bias", *rows)])
+            self._rows(f"{module.name}.bias", [Block(f"{module.name}.bias", *rows)])
 
     def _attention(self, module: Attention) -> None:
         """Rows are this rank's q heads, then k, then v; a KV head is repeated where TP exceeds their number."""
@@ -135,23 +150,23 @@ class _Lowering:
                 Block(f"{module.name}.k_proj.{kind}", low * size, high * size),
                 Block(f"{module.name}.v_proj.{kind}", low * size, high * size),
             ]
-            self.emitter.rows(f"{module.name}.qkv_proj.{kind}", blocks)
+            self._rows(f"{module.name}.qkv_proj.{kind}", blocks)
 
     def _latent(self, module: LatentDown) -> None:
         blocks = [Block(f"{module.name}.kv_a_proj_with_mqa.weight", 0, module.num_kv)]
         if module.num_q:
             blocks = [Block(f"{module.name}.q_a_proj.weight", 0, module.num_q), *blocks]
         fused = "fused_qkv_a_proj" if module.num_q else "kv_a_proj_with_mqa"
-        self.emitter.rows(f"{module.name}.{fused}.weight", blocks)
+        self._rows(f"{module.name}.{fused}.weight", blocks)
 
     def _mlp(self, module: Mlp) -> None:
         low, high = even_share(f"{module.name} size", module.size, self.mesh.tp, self.place.tp)
         ups = ("gate", "up") if module.gated else ("up",)
         blocks = [Block(f"{module.name}.{part}_proj.weight", low, high) for part in ups]
         fused = "gate_up_proj" if module.gated else "up_proj"
-        self.emitter.rows(f"{module.name}.{fused}.weight", blocks)
+        self._rows(f"{module.name}.{fused}.weight", blocks)
         down = Block(f"{module.name}.down_proj.weight", 0, module.hidden, (low, high))
-        self.emitter.rows(f"{module.name}.down_proj.weight", [down])
+        self._rows(f"{module.name}.down_proj.weight", [down])
 
     def _experts(self, module: Experts) -> None:
         experts, (low, high) = range(module.num_experts), (0, module.size)
@@ -163,39 +178,31 @@ class _Lowering:
             return
         ups = ("gate", "up") if module.gated else ("up",)
         blocks = [Block(f"{module.name}.*.{part}_proj.weight", low, high) for part in ups]
-        self.emitter.expert_rows(f"{module.name}.routed_experts.w13_weight", blocks, experts)
+        self.emitter.expert_rows(f"{module.name}.{EXPERT_UPS}", blocks, experts)
         down = Block(f"{module.name}.*.down_proj.weight", 0, module.hidden, (low, high))
-        self.emitter.expert_rows(f"{module.name}.routed_experts.w2_weight", [down], experts)
+        self.emitter.expert_rows(f"{module.name}.{EXPERT_DOWNS}", [down], experts)
 
     def _mamba(self, module: Mamba) -> None:
         inner, groups, heads = module.inner, module.group_rows, module.num_heads
         name = module.name
-        self.emitter.rows(
+        self._rows(
             f"{name}.in_proj.weight",
             self._parts(module, "in_proj.weight", (inner, inner, groups, groups, heads)),
         )
         for kind in ("weight", "bias") if module.conv_bias else ("weight",):
-            self.emitter.rows(
+            self._rows(
                 f"{name}.conv1d.{kind}", self._parts(module, f"conv1d.{kind}", (inner, groups, groups))
             )
         for tensor in ("D", "dt_bias"):
-            self.emitter.rows(f"{name}.{tensor}", self._parts(module, tensor, (heads,)))
+            self._rows(f"{name}.{tensor}", self._parts(module, tensor, (heads,)))
         self.emitter.name(f"{name}.A_log")
         self.misc.append(MiscReason(f"{name}.A_log", "the loader stores -exp(A_log), which is not a view"))
-        self.emitter.rows(f"{name}.norm.weight", self._parts(module, "norm.weight", (inner,)))
+        self._rows(f"{name}.norm.weight", self._parts(module, "norm.weight", (inner,)))
         columns = even_share(f"{name} inner size", inner, self.mesh.tp, self.place.tp)
-        self.emitter.rows(
-            f"{name}.out_proj.weight", [Block(f"{name}.out_proj.weight", 0, module.hidden, columns)]
-        )
+        self._rows(f"{name}.out_proj.weight", [Block(f"{name}.out_proj.weight", 0, module.hidden, columns)])
 
     def _parts(self, module: Mamba, tensor: str, sizes: Sequence[int]) -> list[Block]:
-        blocks: list[Block] = []
-        base = 0
-        for size in sizes:
-            low, high = even_share(f"{module.name}.{tensor} part", size, self.mesh.tp, self.place.tp)
-            blocks.append(Block(f"{module.name}.{tensor}", base + low, base + high))
-            base += size
-        return blocks
+        return cut_parts(f"{module.name}.{tensor}", sizes, self.mesh.tp, self.place.tp)
 
 
 def linear_experts(num_experts: int, parts: int, index: int) -> range:

@@ -104,6 +104,8 @@ class Mamba:
         return self.num_groups * self.state_size
 
 
+# canonical tensor name -> (shape, fixed dtype, or None for the model's own)
+type Shapes = dict[str, tuple[tuple[int, ...], str | None]]
 type Module = Vector | Vocabulary | Linear | Attention | LatentDown | Mlp | Experts | Mamba
 
 
@@ -118,8 +120,8 @@ class Model:
     tied: bool
 
 
-def shapes(module: Module) -> dict[str, tuple[tuple[int, ...], str | None]]:
-    """Canonical tensors of a part: name -> (shape, fixed dtype or None for the model's own)."""
+def shapes(module: Module) -> Shapes:
+    """Canonical tensors of a part."""
     match module:
         case Vector():
             return {module.name: ((module.size,), module.dtype)}
@@ -128,57 +130,50 @@ def shapes(module: Module) -> dict[str, tuple[tuple[int, ...], str | None]]:
         case Linear():
             return _with_bias(module.name, module.out_size, module.in_size, module.bias)
         case Attention():
-            found: dict[str, tuple[tuple[int, ...], str | None]] = {}
-            for part, heads in (
-                ("q", module.num_heads),
-                ("k", module.num_kv_heads),
-                ("v", module.num_kv_heads),
-            ):
+            found: Shapes = {}
+            for part, heads in zip("qkv", (module.num_heads, *(module.num_kv_heads,) * 2), strict=True):
                 rows = heads * module.head_size
                 found |= _with_bias(f"{module.name}.{part}_proj", rows, module.hidden, module.bias)
             return found
         case LatentDown():
-            q = (
-                {f"{module.name}.q_a_proj.weight": ((module.num_q, module.hidden), None)}
-                if module.num_q
-                else {}
-            )
-            return {**q, f"{module.name}.kv_a_proj_with_mqa.weight": ((module.num_kv, module.hidden), None)}
+            downs = {"q_a_proj": module.num_q} if module.num_q else {}
+            downs["kv_a_proj_with_mqa"] = module.num_kv
+            return {
+                f"{module.name}.{part}.weight": ((rows, module.hidden), None) for part, rows in downs.items()
+            }
         case Mlp() | Experts():
             return _mlp_shapes(module)
         case Mamba():
             return _mamba_shapes(module)
 
 
-def _with_bias(
-    name: str, rows: int, columns: int, bias: bool
-) -> dict[str, tuple[tuple[int, ...], str | None]]:
-    weight: dict[str, tuple[tuple[int, ...], str | None]] = {f"{name}.weight": ((rows, columns), None)}
+def _with_bias(name: str, rows: int, columns: int, bias: bool) -> Shapes:
+    weight: Shapes = {f"{name}.weight": ((rows, columns), None)}
     return {**weight, f"{name}.bias": ((rows,), None)} if bias else weight
 
 
-def _mlp_shapes(module: Mlp | Experts) -> dict[str, tuple[tuple[int, ...], str | None]]:
+def _mlp_shapes(module: Mlp | Experts) -> Shapes:
     head: str = module.name
     stack: tuple[int, ...] = ()
     if isinstance(module, Experts):
         head, stack = f"{module.name}.*", (module.num_experts,)
     ups = ("gate", "up") if module.gated else ("up",)
-    found: dict[str, tuple[tuple[int, ...], str | None]] = {
+    found: Shapes = {
         f"{head}.{part}_proj.weight": ((*stack, module.size, module.hidden), None) for part in ups
     }
     return {**found, f"{head}.down_proj.weight": ((*stack, module.hidden, module.size), None)}
 
 
-def _mamba_shapes(module: Mamba) -> dict[str, tuple[tuple[int, ...], str | None]]:
+def _mamba_shapes(module: Mamba) -> Shapes:
     conv_rows = module.inner + 2 * module.group_rows
     in_rows = module.inner + conv_rows + module.num_heads
     name = module.name
-    found: dict[str, tuple[tuple[int, ...], str | None]] = {
+    found: Shapes = {
         f"{name}.in_proj.weight": ((in_rows, module.hidden), None),
         f"{name}.conv1d.weight": ((conv_rows, 1, module.kernel_size), None),
-        f"{name}.A_log": ((module.num_heads,), "float32"),
-        f"{name}.D": ((module.num_heads,), "float32"),
-        f"{name}.dt_bias": ((module.num_heads,), "float32"),
+        f"{name}.A_log": ((module.num_heads,), None),
+        f"{name}.D": ((module.num_heads,), None),
+        f"{name}.dt_bias": ((module.num_heads,), None),
         f"{name}.norm.weight": ((module.inner,), None),
         f"{name}.out_proj.weight": ((module.hidden, module.inner), None),
     }

@@ -12,8 +12,10 @@ class TrainMesh:
     egtp, dp; pp slowest.
 
     One stage has lcm(tp * gtp * cp, etp * ep * egtp) * dp ranks: `dp` repeats the smallest set of ranks that
-    both the dense and the expert mesh fit on. `layers` gives the layers of every stage (of every virtual
-    chunk, stage by stage within a chunk, when vpp > 1); `first` and `last` fix only those stages.
+    both the dense and the expert mesh fit on. `te` says whose layers they are: with 1 (Transformer Engine) MLA's
+    down projections are whole on each TP rank, with 0 (Megatron's own) they are cut. `layers` gives the layers of
+    every stage (of every virtual chunk, stage by stage within a chunk, when vpp > 1); `first` and `last` fix only
+    those stages.
     """
 
     tp: int = 1
@@ -28,10 +30,15 @@ class TrainMesh:
     first: int = 0
     last: int = 0
     layers: tuple[int, ...] = ()
+    te: int = 1
     dtype: str = "bfloat16"
 
     def __post_init__(self) -> None:
         _check_positive(self, ("tp", "pp", "ep", "dp", "cp", "gtp", "egtp", "vpp"))
+        if self.te not in (0, 1):
+            raise ConfigError(
+                f"train te is {self.te}; 1 means layers of Transformer Engine, 0 Megatron's own layers"
+            )
         if self.etp < 0:
             raise ConfigError(
                 f"train etp is {self.etp}; give a positive number, or leave it out for etp = tp"

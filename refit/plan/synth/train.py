@@ -4,8 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import assert_never
 
+from refit.plan.collector import collector_paused
 from refit.plan.manifest import Manifest, RankManifest
-from refit.plan.synth.emit import Block, Emitter, num_rows, window
+from refit.plan.synth.emit import Block, Emitter, cut_parts, num_rows, window
 from refit.plan.synth.modules import (
     Attention,
     Experts,
@@ -22,6 +23,9 @@ from refit.plan.synth.modules import (
 from refit.plan.synth.parallel import TrainMesh, even_share
 
 GTP_ALIGNMENT_ROWS = 16
+MAX_VOCABULARY_MULTIPLE = (
+    128  # rows per TP rank are a multiple of the largest power of two in the vocabulary, up to this
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +54,7 @@ class Place:
         )
 
 
+@collector_paused()
 def train_manifest(model: Model, mesh: TrainMesh) -> Manifest:
     """All trainers. Ranks in the same place share one body; cost is per distinct place."""
     bodies: dict[Place, RankManifest] = {}
@@ -77,8 +82,9 @@ def _body(model: Model, mesh: TrainMesh, place: Place, rank: int) -> RankManifes
                 lowering.add(f"chunk{number}/decoder.layers.{local}.", module)
     if place.stage == last_stage:
         for module in model.last:
-            shared = model.tied and isinstance(module, Vocabulary) and mesh.pp == 1
-            if not shared:
+            if not (
+                model.tied and isinstance(module, Vocabulary)
+            ):  # a second copy of the embedding is no source
                 lowering.add(f"chunk{last_chunk}/", module)
     return lowering.emitter.manifest(rank, place.stage, 0)
 
@@ -90,7 +96,10 @@ class _Lowering:
     emitter: Emitter
 
     def add(self, prefix: str, module: Module) -> None:
-        self.emitter.shapes.update(shapes(module))
+        named = shapes(module)
+        self.emitter.shapes.update(named)
+        for tensor in named:  # a rank names all tensors of its params, also those of which it holds no row
+            self.emitter.name(tensor)
         match module:
             case Vector():
                 self.emitter.rows(prefix + module.train, [Block(module.name, 0, module.size)])
@@ -124,9 +133,8 @@ class _Lowering:
         self.emitter.rows(param, window(blocks, low, min(low + stored, total)), stored)
 
     def _vocabulary(self, prefix: str, module: Vocabulary) -> None:
-        padded = module.num_rows
-        if padded % self.mesh.tp:
-            padded += -padded % (128 * self.mesh.tp)
+        multiple = self.mesh.tp * min(module.num_rows & -module.num_rows, MAX_VOCABULARY_MULTIPLE)
+        padded = module.num_rows + -module.num_rows % multiple
         low, high = even_share("padded vocabulary", padded, self.mesh.tp, self.place.tp)
         self._weight(f"{prefix}{module.train}.weight", [Block(f"{module.name}.weight", low, high)])
 
@@ -159,11 +167,16 @@ class _Lowering:
                 self.emitter.rows(name, mine)
 
     def _latent(self, prefix: str, module: LatentDown) -> None:
+        """Transformer Engine keeps the down projections whole on every TP rank; Megatron's own layers cut them."""
+        parts = [("kv_a_proj_with_mqa", "linear_kv_down_proj", module.num_kv)]
         if module.num_q:
-            block = Block(f"{module.name}.q_a_proj.weight", 0, module.num_q)
-            self._weight(f"{prefix}self_attention.linear_q_down_proj.weight", [block])
-        block = Block(f"{module.name}.kv_a_proj_with_mqa.weight", 0, module.num_kv)
-        self._weight(f"{prefix}self_attention.linear_kv_down_proj.weight", [block])
+            parts.append(("q_a_proj", "linear_q_down_proj", module.num_q))
+        for name, train, size in parts:
+            low, high = 0, size
+            if not self.mesh.te:
+                low, high = even_share(f"{module.name}.{name} rows", size, self.mesh.tp, self.place.tp)
+            block = Block(f"{module.name}.{name}.weight", low, high)
+            self._weight(f"{prefix}self_attention.{train}.weight", [block])
 
     def _mlp(self, prefix: str, module: Mlp) -> None:
         low, high = even_share(f"{module.name} size", module.size, self.mesh.tp, self.place.tp)
@@ -194,7 +207,7 @@ class _Lowering:
         )
         for kind in ("weight", "bias") if module.conv_bias else ("weight",):
             self.emitter.rows(
-                f"{head}.conv1d.{kind}", self._parts(module, f"conv1d.{kind}", (inner, groups, groups))
+                f"{head}.conv1d_{kind}", self._parts(module, f"conv1d.{kind}", (inner, groups, groups))
             )
         for name in ("A_log", "D", "dt_bias"):
             self.emitter.rows(f"{head}.{name}", self._parts(module, name, (heads,)))
@@ -204,13 +217,7 @@ class _Lowering:
         self._weight(f"{head}.out_proj.weight", [out])
 
     def _parts(self, module: Mamba, tensor: str, sizes: Sequence[int]) -> list[Block]:
-        blocks: list[Block] = []
-        base = 0
-        for size in sizes:
-            low, high = even_share(f"{module.name}.{tensor} part", size, self.mesh.tp, self.place.tp)
-            blocks.append(Block(f"{module.name}.{tensor}", base + low, base + high))
-            base += size
-        return blocks
+        return cut_parts(f"{module.name}.{tensor}", sizes, self.mesh.tp, self.place.tp)
 
 
 def _query_groups(module: Attention, kind: str) -> Sequence[Block]:

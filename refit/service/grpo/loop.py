@@ -6,39 +6,29 @@ the refit before it; one more rollout after the last step judges the last refit.
 
 from __future__ import annotations
 
-import itertools
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import ray
 
+from refit.service.checkpoint import save_checkpoint
 from refit.service.config import JobConfig
 from refit.service.coordinator import Coordinator
 from refit.service.grpo.advantages import group_advantages
 from refit.service.grpo.generation_kl import GenerationKl, generation_kl
 from refit.service.grpo.reward import grade
-from refit.service.grpo.tasks import Codec, Problem, Task
+from refit.service.grpo.sampling import Rollout, Sampler
+from refit.service.grpo.tasks import Codec, Task
 from refit.service.record import RefitStepRecord, RunRecord, StepRecord, TrainRecord
+from refit.service.refit_record import PlanRecord, RefitRecord
 from refit.service.waiting import collect
 from refit.train_side.batch import TrainBatch
-from refit.transfer.errors import Failure, RefitFailed
+from refit.transfer.errors import Failure, RefitFailed, TransportError
 
-SEED_STRIDE = 1_000_003
 MAX_SHOWN = 5
-
-
-@dataclass(frozen=True, slots=True)
-class Rollout:
-    """All samples of a step in prompt order, `samples_per_prompt` neighbours answer one problem."""
-
-    problems: tuple[Problem, ...]
-    prompts: tuple[tuple[int, ...], ...]
-    responses: tuple[tuple[int, ...], ...]
-    logprobs: tuple[tuple[float, ...], ...]
-    weight_version: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,24 +49,42 @@ class GrpoLoop:
 
     config: JobConfig
     trainers: Mapping[str, Any]
-    generators: Mapping[str, Any]
     coordinator: Coordinator
     task: Task
     codec: Codec
+    sampler: Sampler
     record: RunRecord
+    say: Callable[[str], None]
 
     def run(self, on_step: Callable[[StepRecord], None]) -> tuple[StepRecord, ...]:
         """All steps of the job and the judging rollout after them. Raises RefitFailed or TransportError."""
         for step in range(1, self.config.grpo.steps + 1):
+            self.sampler.submit(min(step + self.config.grpo.max_staleness, self.config.grpo.steps))
             record = self.step(step)
-            self.record.add(record)
+            self._keep(record)
             on_step(record)
+            if self.config.grpo.checkpoint_every and step % self.config.grpo.checkpoint_every == 0:
+                self.checkpoint(step)
         closing = _step_record(
             self.config.grpo.steps + 1, self.judge(self.config.grpo.steps + 1), {}, None, None
         )
-        self.record.add(closing)
+        self._keep(closing)
         on_step(closing)
         return tuple(self.record.steps)
+
+    def checkpoint(self, version: int) -> None:
+        """Save the policy. A full disk is said and costs the checkpoint, not the run; a lost trainer shows next."""
+        try:
+            save_checkpoint(self.trainers, self.record.run_dir, version, self.config.refit.timeout_s)
+        except (OSError, RefitFailed, TransportError) as error:
+            self.say(f"the checkpoint of version {version} could not be written: {error}")
+
+    def _keep(self, record: StepRecord) -> None:
+        """Write a step down. A full disk is said and costs the record, not the run."""
+        try:
+            self.record.add(record)
+        except OSError as error:
+            self.say(f"step {record.step} could not be written to {self.record.run_dir}: {error}")
 
     def step(self, step: int) -> StepRecord:
         """One step; ends with version `step` serving on every engine."""
@@ -103,30 +111,16 @@ class GrpoLoop:
         )
 
     def sample(self, step: int) -> Rollout:
-        """Answers to the step's problems, shared out over the replicas in equal runs."""
-        grpo, generation = self.config.grpo, self.config.generation
-        problems = self.task.problems(step - 1, grpo.prompts_per_step)
-        prompts = tuple(self.codec.encode(problem.question) for problem in problems)
-        shares = split_evenly(len(prompts), len(self.generators))
-        pending = {
-            who: actor.generate.remote(
-                prompts[first:stop],
-                grpo.samples_per_prompt,
-                generation.max_new_tokens,
-                generation.temperature,
-                self.config.policy.seed * SEED_STRIDE + step * len(self.generators) + replica,
-            )
-            for replica, ((who, actor), (first, stop)) in enumerate(
-                zip(self.generators.items(), shares, strict=True)
-            )
-        }
-        rows_of = collect(pending, "generate", self.config.refit.timeout_s)
-        rows = [
-            (first + prompt, tokens, logprobs, version)
-            for (first, _), answers in zip(shares, rows_of.values(), strict=True)
-            for prompt, tokens, logprobs, version in answers
-        ]
-        return _rollout(problems, prompts, rows, grpo.samples_per_prompt)
+        """Answers to the step's problems, from the rollout under way if there is one.
+
+        Raises RefitFailed if a token is older than `grpo.max_staleness` allows.
+        """
+        rollout = self.sampler.sample(step)
+        staleness = step - 1 - rollout.weight_version
+        if staleness > self.config.grpo.max_staleness:
+            reason = f"step {step} got tokens of version {rollout.weight_version}, {staleness} behind"
+            raise RefitFailed(Failure("generate", "generators", reason))
+        return rollout
 
     def grade(self, rollout: Rollout) -> tuple[tuple[float, ...], int]:
         """The reward of each sample, and how many the task's own checker accepts."""
@@ -141,15 +135,18 @@ class GrpoLoop:
         return tuple(rewards), num_solved
 
     def train(self, judged: Judged) -> TrainRecord:
-        """One optimizer step on the rollout."""
+        """One optimizer step on the rollout. Ratios are to the policy that sampled: the trainers' own logprobs while it
+        is the current one, the generators' where it may be older.
+        """
         rollout, grpo = judged.rollout, self.config.grpo
         advantages = group_advantages(judged.rewards, grpo.samples_per_prompt, scale=grpo.scale_advantages)
-        batch = TrainBatch(rollout.prompts, rollout.responses, judged.trainer_logprobs, advantages)
+        sampled_by = rollout.logprobs if grpo.max_staleness else judged.trainer_logprobs
+        batch = TrainBatch(rollout.prompts, rollout.responses, sampled_by, advantages)
         return TrainRecord(**self._all_trainers("train_step", batch)["train rank 0"])
 
     def refit(self, version: int) -> RefitStepRecord:
         """Bring `version` to every engine, and audit it when it is due. Raises RefitFailed if it is not serving."""
-        outcome = self.coordinator.refit(version)
+        outcome = self._recorded(version)
         if not outcome.committed:
             reason = (
                 f"version {version} was not committed, version {version - 1} still serves: {outcome.reason}"
@@ -157,15 +154,25 @@ class GrpoLoop:
             raise RefitFailed(Failure("refit", "coordinator", reason))
         every = self.config.refit.verify_every
         verified = self._verify(version) if every and version % every == 0 else None
-        return RefitStepRecord(
-            version,
-            outcome.total_s,
-            dict(outcome.seconds),
-            outcome.bulk_bytes,
-            outcome.misc_bytes,
-            outcome.bulk_share,
-            verified,
-        )
+        return RefitStepRecord.of(outcome, verified)
+
+    def _recorded(self, version: int) -> RefitRecord:
+        """The coordinator's refit, in the files and metrics of the run also when it fails."""
+        started_s, plan = time.monotonic(), self.coordinator.plan_record
+        try:
+            outcome = self.coordinator.refit(version)
+        except (RefitFailed, TransportError) as error:
+            lost = RefitRecord.failed(plan, version, str(error), time.monotonic() - started_s)
+            self._keep_refit(lost, plan)
+            raise
+        self._keep_refit(outcome, self.coordinator.plan_record)
+        return outcome
+
+    def _keep_refit(self, refit: RefitRecord, plan: PlanRecord) -> None:
+        try:
+            self.record.add_refit(refit, plan)
+        except OSError as error:
+            self.say(f"the refit to version {refit.version} could not be written down: {error}")
 
     def _verify(self, version: int) -> bool:
         report = self.coordinator.verify()
@@ -185,39 +192,6 @@ class GrpoLoop:
         return collect(pending, method, self.config.refit.timeout_s)
 
 
-def split_evenly(num_items: int, num_parts: int) -> tuple[tuple[int, int], ...]:
-    """Half-open runs that cut `num_items` into `num_parts`; sizes differ by at most 1, larger ones first."""
-    size, extra = divmod(num_items, num_parts)
-    starts = [part * size + min(part, extra) for part in range(num_parts + 1)]
-    return tuple(itertools.pairwise(starts))
-
-
-def _rollout(
-    problems: Sequence[Problem],
-    prompts: Sequence[tuple[int, ...]],
-    rows: Sequence[tuple[int, tuple[int, ...], tuple[float, ...], int]],
-    samples_per_prompt: int,
-) -> Rollout:
-    """Check that every prompt has all its answers, all from one version. Raises RefitFailed if not."""
-    answered = tuple(prompt for prompt, _, _, _ in rows)
-    expected = tuple(prompt for prompt in range(len(prompts)) for _ in range(samples_per_prompt))
-    if answered != expected:
-        reason = f"{len(rows)} answers for {len(prompts)} prompts, {samples_per_prompt} each were asked for, in order"
-        raise RefitFailed(Failure("generate", "generators", reason))
-    versions = sorted({version for _, _, _, version in rows})
-    if len(versions) != 1:
-        raise RefitFailed(
-            Failure("generate", "generators", f"one rollout was sampled by versions {versions}")
-        )
-    return Rollout(
-        problems=tuple(problems),
-        prompts=tuple(prompts[prompt] for prompt in answered),
-        responses=tuple(tokens for _, tokens, _, _ in rows),
-        logprobs=tuple(logprobs for _, _, logprobs, _ in rows),
-        weight_version=versions[0],
-    )
-
-
 def _step_record(
     step: int,
     judged: Judged,
@@ -228,6 +202,8 @@ def _step_record(
     return StepRecord(
         step=step,
         weight_version=judged.rollout.weight_version,
+        staleness=step - 1 - judged.rollout.weight_version,
+        mixed_samples=judged.rollout.num_mixed,
         reward=statistics.fmean(judged.rewards),
         reward_stdev=statistics.pstdev(judged.rewards),
         solved_share=judged.num_solved / len(judged.rewards),

@@ -1,0 +1,1 @@
+"""Break real processes during real refits, at random, and see what serves: `python -m refit.chaos --help`."""

@@ -1,0 +1,54 @@
+"""What trainers and engines are built with, from the configuration of a job."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from refit.service.config import JobConfig
+from refit.train_side.options import TrainOptions, TrainParallel
+
+MAX_SEQUENCES = 256  # an engine samples up to this many answers at once
+
+
+def train_parallel(config: JobConfig) -> TrainParallel:
+    policy = config.policy
+    return TrainParallel(
+        tensor=policy.tensor_parallel,
+        pipeline=policy.pipeline_parallel,
+        expert=policy.expert_parallel,
+        data=policy.data_parallel,
+    )
+
+
+def train_options(config: JobConfig) -> TrainOptions:
+    policy = config.policy
+    return TrainOptions(
+        lr=policy.lr,
+        clip_ratio=policy.clip_ratio,
+        kl_coef=policy.kl_coef,
+        precision=policy.precision,  # type: ignore[arg-type]  # the gate has checked it
+        seed=policy.seed,
+        num_microbatches=policy.num_microbatches,
+    )
+
+
+def gen_parallel(config: JobConfig) -> dict[str, Any]:
+    """The fields of GenParallel, as plain values: importing that class would import vLLM into this process."""
+    generation = config.generation
+    return {
+        "tensor": generation.tensor_parallel,
+        "pipeline": generation.pipeline_parallel,
+        "expert": generation.expert_parallel > 1,
+    }
+
+
+def gen_options(config: JobConfig) -> dict[str, Any]:
+    """The fields of GenOptions that a job sets; the rest are its defaults."""
+    return {
+        "dtype": "float32" if config.generation.precision == "fp32" else "bfloat16",
+        "seed": config.policy.seed,
+        "max_model_len": config.generation.max_model_len,
+        "max_num_seqs": MAX_SEQUENCES,
+        "pause": config.refit.pause,
+        "kv_cache": config.refit.kv_cache,
+    }

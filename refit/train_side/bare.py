@@ -1,0 +1,83 @@
+"""One rank of a Megatron model without an optimizer: built, loaded, described and exported, not trained.
+
+For validation runs, which need many layouts in little time. Model, loading and export are those of the trainer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from refit.plan import RankManifest
+from refit.train_side import build, checkpoint, cpu_compat, lowering
+from refit.train_side.options import TrainOptions, TrainParallel
+
+
+def preload() -> None:
+    """Import what every rank needs (10 to 40 s), in the parent of processes that are to be forked."""
+    import transformers  # noqa: F401
+    from transformers import AutoModelForCausalLM  # noqa: F401
+
+    torch.set_num_threads(1)
+    cpu_compat.import_bridge()
+
+
+class BareTrainer:
+    """Every method except `describe` and `params` is collective over the trainers."""
+
+    def __init__(self, model: build.BuiltModel, lowered: lowering.LoweredModel, rank: int) -> None:
+        self.rank = rank
+        self._model = model
+        self._lowered = lowered
+
+    @classmethod
+    def build(
+        cls,
+        model_dir: str | Path,
+        parallel: TrainParallel,
+        precision: str,
+        rank: int,
+        address: str,
+        timeout_s: float,
+    ) -> BareTrainer:
+        """Join the trainers at `address` ("host:port") and load the HF checkpoint in `model_dir`."""
+        build.open_process_groups(parallel, rank, parallel.world_size, address, timeout_s)
+        options = TrainOptions(precision=precision)
+        build.seed_everything(options.seed)
+        model = build.build_model(model_dir, parallel, options, trainable=True)
+        with cpu_compat.cpu_megatron():
+            lowered = lowering.LoweredModel.prepare(model, model_dir)
+        return cls(model, lowered, rank)
+
+    def describe(self) -> RankManifest:
+        """See PolicyTrainer.describe."""
+        return self._lowered.manifest(self.rank)
+
+    def params(self) -> dict[str, Tensor]:
+        """See PolicyTrainer.params."""
+        return self._lowered.live_params()
+
+    def change(self, make: Callable[[Tensor], Tensor]) -> None:
+        """Set every element of every parameter to `make` of its old values, in place, as an optimizer does."""
+        done: set[int] = set()
+        with torch.no_grad():
+            for param in self.params().values():
+                plain = param.detach().as_subclass(Tensor)
+                if plain.data_ptr() not in done or not plain.numel():
+                    done.add(plain.data_ptr())
+                    plain.copy_(make(plain))
+
+    def export(self, names: Collection[str] | None = None) -> Iterator[tuple[str, Tensor]]:
+        """See PolicyTrainer.export."""
+        return checkpoint.export(self._model, self._lowered, names)
+
+    def save(self, folder: str | Path) -> None:
+        """Write what Bridge exports as an HF checkpoint; rank 0 writes."""
+        checkpoint.save(self.export(None), self._lowered.model_dir, Path(folder), self.rank)
+
+    def close(self) -> None:
+        """Leave the process groups."""
+        build.close_process_groups()

@@ -1,0 +1,320 @@
+"""Runs cases on two pools of processes and says what came of them. The coordinator's part runs here, in a thread."""
+
+from __future__ import annotations
+
+import math
+import random
+import secrets
+import socket
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from fnmatch import fnmatch
+from multiprocessing.connection import wait
+from pathlib import Path
+from typing import Any
+
+from refit.gen_side.bare import forget_ranks
+from refit.plan import BULK, MISC, Plan, PlanOptions
+from refit.service.agreement import Terms, agree_on_plan, collect_reports, describe_mismatches, mismatches_of
+from refit.transfer.errors import TransportError
+from refit.transfer.protocol import GOLDEN, P2P, decision_key
+from refit.transfer.rendezvous import ControlStore
+from refit.validation import ranks
+from refit.validation.matrix import Case
+from refit.validation.pool import Job, Pool, Result
+from refit.validation.ranks import VERSIONS, Setting, run_id_of
+from refit.validation.weights import make_checkpoint
+
+START_S = 600.0
+"""Longest wait for the imports of both parents, on a busy machine."""
+CASE_S = 150.0
+SETTLE_S = 1.0
+MEETING_PORTS = (15_000, 32_000)
+BUCKET_BYTES = 1 << 16  # small, so that tiny models take several rounds
+LOGPROB_LIMIT = {"fp32": 5e-5, "bf16": 5e-3}
+PRELOADS = {"train": "refit.train_side.bare:preload", "gen": "refit.gen_side.bare:preload"}
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What came of a case. `failures` is empty when every byte and every check was right.
+
+    Bytes count each element once, of the tensors that generators want. `misc` gives a reason for every tensor that is
+    not bulk; `logprob_delta` is the largest difference to an engine of one rank, None where no engine ran.
+    """
+
+    case: Case
+    failures: tuple[str, ...] = ()
+    bulk_bytes: int = 0
+    misc_bytes: int = 0
+    misc: tuple[tuple[str, str], ...] = ()
+    logprob_delta: float | None = None
+    seconds: float = 0.0
+
+    @property
+    def bulk_share(self) -> float:
+        return self.bulk_bytes / max(1, self.bulk_bytes + self.misc_bytes)
+
+    @property
+    def status(self) -> str:
+        return "unrunnable" if self.case.unrunnable else "failed" if self.failures else "passed"
+
+
+class Runner:
+    """Open for many cases; a context manager that leaves no process and no file behind."""
+
+    def __init__(self, case_s: float = CASE_S, train_body: Callable[..., Any] = ranks.run_train_rank) -> None:
+        self.train_body = train_body
+        self._case_s = case_s
+        self._stack = ExitStack()
+        self._folder = Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix="refit-validate-")))
+        self._pools: dict[str, Pool] = {}
+        self._warm: set[str] = set()
+        self._checkpoints: dict[str, str] = {}
+        self._addresses = _addresses()
+        self._meetings: list[str] = []
+
+    def __enter__(self) -> Runner:
+        for side in PRELOADS:
+            self._pool(side)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for pool in self._pools.values():
+            pool.close()
+        self._stack.close()
+
+    def run(self, case: Case) -> Outcome:
+        """One case, in bounded time. Never raises for what goes wrong in it."""
+        if case.unrunnable:
+            return Outcome(case)
+        started_s = time.monotonic()
+        try:
+            folder = self._checkpoint(case)
+            started_s = time.monotonic()
+            outcome = self._run(case, folder)
+        except Exception as error:
+            for pool in self._pools.values():
+                pool.stop()
+            outcome = Outcome(case, failures=(str(error),))
+        return replace(outcome, seconds=time.monotonic() - started_s)
+
+    def log_tail(self, side: str, num_bytes: int = 3000) -> str:
+        """The end of what the processes of one side wrote."""
+        log = self._log(side)
+        return log.read_text(errors="replace")[-num_bytes:] if log.exists() else ""
+
+    def _run(self, case: Case, folder: str) -> Outcome:
+        control = ControlStore.host(run_id=secrets.token_hex(4))
+        try:
+            setting = Setting(
+                case, folder, f"127.0.0.1:{control.port}", control.run_id, self._meeting(), self._case_s
+            )
+            with ThreadPoolExecutor(1, thread_name_prefix="refit-coordinator") as thread:
+                plan = thread.submit(_coordinate, control, setting)
+                try:
+                    found = self._collect(self._jobs(setting), self._case_s, plan)
+                except BaseException:
+                    _release(control, setting)  # the coordinator waits in the store
+                    raise
+                outcome = _outcome(case, plan.result(), found)
+            if case.logprobs:
+                outcome = self._compare_logprobs(outcome, setting, found)
+            return outcome
+        finally:
+            control.close()
+            self._clear()
+
+    def _meeting(self) -> str:
+        """An address for the ranks of one framework group of the case."""
+        self._meetings.append(next(self._addresses))
+        return self._meetings[-1]
+
+    def _clear(self) -> None:
+        for address in self._meetings:
+            forget_ranks(address)
+        self._meetings.clear()
+
+    def _jobs(self, setting: Setting) -> dict[str, list[Job]]:
+        case = setting.case
+        meetings = [self._meeting() for _ in range(case.replicas)]
+        return {
+            "train": [
+                Job(f"train {rank}", self.train_body, (setting, rank)) for rank in range(case.num_train)
+            ],
+            "gen": [
+                Job(
+                    f"gen {rank}",
+                    ranks.run_gen_rank,
+                    (replace(setting, meeting=meetings[rank // case.gen.num_ranks]), rank),
+                )
+                for rank in range(case.num_gen)
+            ],
+        }
+
+    def _compare_logprobs(self, outcome: Outcome, setting: Setting, found: Mapping[str, Any]) -> Outcome:
+        job = Job("the engine of one rank", ranks.run_reference_rank, (setting, self._meeting()))
+        wanted = self._collect({"gen": [job]}, self._case_s)[job.who]
+        engines = [found[who]["logprobs"] for who in found if who.startswith("gen ")]
+        deltas = [_largest_delta(wanted, mine) for mine in engines if mine is not None]
+        failures = outcome.failures
+        limit = LOGPROB_LIMIT[outcome.case.precision]
+        if max(deltas) > limit:
+            failures += (f"logprobs differ by {max(deltas):.2e} from an engine of one rank, limit {limit}",)
+        return replace(outcome, failures=failures, logprob_delta=max(deltas))
+
+    def _checkpoint(self, case: Case) -> str:
+        """The folder of version 1, made once per model, in a process that has transformers loaded."""
+        key = repr((case.model, sorted(case.overrides.items()), case.precision))
+        if key not in self._checkpoints:
+            folder = str(self._folder / f"model{len(self._checkpoints)}")
+            args = (case.model, dict(case.overrides), case.precision, folder)
+            self._collect({"train": [Job("the checkpoint", _make_checkpoint, args)]}, self._case_s)
+            self._checkpoints[key] = folder
+        return self._checkpoints[key]
+
+    def _collect(
+        self, jobs: Mapping[str, Sequence[Job]], limit_s: float, plan: Future[Any] | None = None
+    ) -> dict[str, Any]:
+        """Run jobs on the pools of their sides: values by name. Raises with the cause at the first failure."""
+        cold = [side for side in jobs if side not in self._warm]
+        deadline = time.monotonic() + limit_s + (START_S if cold else 0.0)
+        for side, each in jobs.items():
+            self._pool(side).start(each)
+        values: dict[str, Any] = {}
+        expected = {job.who for each in jobs.values() for job in each}
+        while expected - values.keys():
+            if plan is not None and plan.done() and plan.exception() is not None:
+                self._raise_cause([], list(jobs), str(plan.exception()))
+            left_s = deadline - time.monotonic()
+            if left_s <= 0:
+                self._raise_late(list(jobs), sorted(expected - values.keys()), limit_s)
+            wait([self._pools[side].pipe for side in jobs], min(left_s, 0.25))
+            results = [result for side in jobs for result in self._pools[side].poll()]
+            failed = [result for result in results if result.error]
+            if failed:
+                self._raise_cause(failed, list(jobs), "")
+            values |= {result.who: result.value for result in results}
+        self._warm |= set(jobs)
+        return values
+
+    def _raise_cause(self, failed: list[Result], sides: Sequence[str], other: str) -> None:
+        """End the case. A dead process beats an error as its cause; survivors often report first."""
+        time.sleep(SETTLE_S)
+        failed = failed + [r for side in sides for r in self._pools[side].poll() if r.error]
+        for side in sides:
+            self._pools[side].stop()
+        deaths = [result.error for result in failed if result.died]
+        raise TransportError((deaths or [result.error for result in failed] or [other])[0])
+
+    def _raise_late(self, sides: Sequence[str], missing: Sequence[str], limit_s: float) -> None:
+        steps: dict[str, str] = {}
+        for side in sides:
+            steps |= self._pools[side].stop()
+        where = "; ".join(f"{who} is in {steps.get(who, 'an unknown step')!r}" for who in missing)
+        raise TransportError(f"no result within {limit_s:.0f} s: {where}")
+
+    def _pool(self, side: str) -> Pool:
+        """The pool of a side, opened anew if its parent died."""
+        if side not in self._pools or not self._pools[side].is_alive:
+            self._warm.discard(side)
+            self._pools[side] = Pool(side, PRELOADS[side], self._log(side))
+        return self._pools[side]
+
+    def _log(self, side: str) -> Path:
+        return self._folder / f"{side}.log"
+
+
+def run_all(
+    cases: Sequence[Case], runner: Runner, on_outcome: Callable[[Outcome], None]
+) -> tuple[Outcome, ...]:
+    """Run cases one after another; `on_outcome` hears of each at once."""
+    outcomes = []
+    for case in cases:
+        outcomes.append(runner.run(case))
+        on_outcome(outcomes[-1])
+    return tuple(outcomes)
+
+
+def _make_checkpoint(_: Callable[[str], None], *args: Any) -> tuple[str, ...]:
+    return make_checkpoint(*args)
+
+
+def _coordinate(control: ControlStore, setting: Setting) -> tuple[Plan, tuple[str, ...]]:
+    """The coordinator's part: agree on a plan per path, compare digests, decide. Returns the plan and mismatches."""
+    case = setting.case
+    options = PlanOptions(bucket_bytes=BUCKET_BYTES)
+    controls = {path: control.under(run_id_of(setting, path)) for path in (P2P, GOLDEN)}
+    plans = {
+        path: agree_on_plan(
+            each, Terms(case.num_train, case.num_gen, options, "gloo", path, 2, setting.timeout_s)
+        )
+        for path, each in controls.items()
+    }
+    wrong = []
+    for version in VERSIONS:
+        reasons = []
+        for path, each in controls.items():
+            reports = collect_reports(each, plans[path], version, version, setting.timeout_s)
+            reasons.append(describe_mismatches(mismatches_of(plans[path], reports)))
+            if reasons[-1]:
+                wrong.append(f"digests {version}, {path}: {reasons[-1]}")
+        commit = not any(reasons)
+        controls[P2P].put(
+            decision_key(version), {"commit": commit, "reason": "; ".join(filter(None, reasons))}
+        )
+    return plans[P2P], tuple(wrong)
+
+
+def _release(control: ControlStore, setting: Setting) -> None:
+    for path in (P2P, GOLDEN):
+        control.under(run_id_of(setting, path)).fail("validate", "the runner", "the case was ended")
+
+
+def _outcome(case: Case, planned: tuple[Plan, tuple[str, ...]], found: Mapping[str, Any]) -> Outcome:
+    plan, mismatches = planned
+    wanted = [tensor for tensor in plan.tensors.values() if tensor.name in plan.gen.specs]
+    total = {kind: sum(tensor.num_bytes for tensor in wanted if tensor.kind == kind) for kind in (BULK, MISC)}
+    misc = tuple((tensor.name, tensor.reason) for tensor in plan.tensors.values() if tensor.kind == MISC)
+    outcome = Outcome(case, (*mismatches, *_failures(found)), total[BULK], total[MISC], misc)
+    return replace(outcome, failures=(*outcome.failures, *_unproven(outcome, set(plan.gen.specs))))
+
+
+def _unproven(outcome: Outcome, wanted: set[str]) -> Iterator[str]:
+    """What is misc and should be bulk, of the tensors that generators want."""
+    case = outcome.case
+    for name, reason in outcome.misc:
+        if name in wanted and not any(fnmatch(name, pattern) for pattern in case.misc):
+            yield f"{name} is not bulk, {reason}"
+            break
+    if outcome.bulk_share < case.min_bulk_share:
+        yield f"bulk share {outcome.bulk_share:.4f} is below {case.min_bulk_share}"
+
+
+def _failures(found: Mapping[str, Any]) -> Iterator[str]:
+    """Each thing that some rank found wrong, the earliest version first."""
+    rows = [(check, who, text) for who, value in found.items() for check, text in value["wrong"].items()]
+    for check, who, text in sorted(rows, key=lambda row: (row[0].rpartition(" ")[2], row[1], row[0])):
+        name, _, version = check.rpartition(" ")
+        yield f"{who}, version {version}, {name}: {text}"
+
+
+def _largest_delta(wanted: Sequence[Sequence[float]], found: Sequence[Sequence[float]]) -> float:
+    deltas = [
+        abs(a - b)
+        for mine, theirs in zip(wanted, found, strict=True)
+        for a, b in zip(mine, theirs, strict=True)
+    ]
+    return max(deltas) if all(map(math.isfinite, deltas)) else math.inf
+
+
+def _addresses() -> Iterator[str]:
+    """Free ports of the loopback interface, none twice, below those that the kernel gives to outgoing connections."""
+    for port in random.sample(range(*MEETING_PORTS), MEETING_PORTS[1] - MEETING_PORTS[0]):
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)):
+                yield f"127.0.0.1:{port}"

@@ -1,0 +1,130 @@
+"""Whole vLLM engines under Ray are broken in the middle of refits: what serves is one whole version, the rest go on."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import pytest
+
+from refit.service.coordinator import Coordinator
+from refit.service.waiting import gather
+from tests.end_to_end.jobs import Job, open_job, with_path
+
+pytestmark = [
+    pytest.mark.ray,
+    pytest.mark.vllm,
+    pytest.mark.megatron,
+    pytest.mark.slow,
+    pytest.mark.timeout(2400),
+]
+
+TIMEOUT_S = 15.0
+PROMPTS = [(40, 41, 42, 43), (70, 71, 72)]
+OVERRIDES = (
+    "generation.replicas=3",
+    f"refit.timeout_s={TIMEOUT_S}",
+    "cluster.restart_generators=100",
+)
+FAULTS = [
+    (0, "begin", "kill"),
+    (1, "move_bulk", "kill"),
+    (2, "put_report", "kill"),
+    (0, "decision", "kill"),
+    (1, "commit", "kill"),
+    (2, "move_bulk", "stop"),
+    (0, "put_report", "stop"),
+    (1, "decision", "stop"),
+    (2, "begin", "raise"),
+    (0, "move_bulk", "raise"),
+    (1, "put_report", "raise"),
+    (2, "commit", "raise"),
+    (0, "wait", "corrupt"),
+    (1, "move_bulk", "slow"),
+]
+LIMIT_S = 120.0
+
+
+def arm(actor: Any, place: str, kind: str) -> None:
+    """In the engine's process: the next call of one step of the refit is struck, once."""
+    import os
+    import signal
+    import time as clock
+
+    import refit.gen_side.staging as staging
+    from refit.transfer.endpoint import Endpoint
+    from refit.transfer.transport import ProcessGroupTransport
+
+    owner = {"commit": staging.Staging, "wait": ProcessGroupTransport}.get(place, Endpoint)
+    original = getattr(owner, place)
+
+    def struck(self: Any, *args: Any, **kwargs: Any) -> Any:
+        setattr(owner, place, original)
+        match kind:
+            case "kill":
+                os.kill(os.getpid(), signal.SIGKILL)
+            case "stop":
+                os.kill(os.getpid(), signal.SIGSTOP)
+            case "slow":
+                clock.sleep(2.0)
+            case "raise":
+                raise ValueError("a test breaks this engine")
+        answer = original(self, *args, **kwargs)
+        if kind == "corrupt":
+            received = [one.parcel.payload for one in args[0] if one.direction == "receive"]
+            received[0][0] ^= 1
+        return answer
+
+    setattr(owner, place, struck)
+
+
+def answers(coordinator: Coordinator) -> dict[str, list[Any]]:
+    """Greedy answers with their stamps of every engine that serves."""
+    calls = {who: a.generate.remote(PROMPTS, 1, 6, 0.0, 0) for who, a in coordinator.serving().items()}
+    return dict(gather(calls, "generate", 60.0).results)
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory: pytest.TempPathFactory):
+    with open_job("dp2_to_2x_tp1", tmp_path_factory.mktemp("faults"), OVERRIDES) as opened:
+        yield opened
+
+
+def test_no_torn_version_is_served_whatever_breaks_in_an_engine(job: Job, capsys) -> None:
+    table = []
+    coordinator = Coordinator.prepare(
+        with_path(job.config, "p2p"), job.cluster.trainers, job.cluster.generators, job.cluster
+    )
+    version = 0
+    for number, place, kind in FAULTS:
+        version = everybody(coordinator, version)
+        actor = job.cluster.generators[number]
+        gather({"arm": actor.__ray_call__.remote(arm, place, kind)}, "arm", 30.0)
+        job.scale_weights(2.0 if version % 2 else 0.5)
+        started_s, version = time.monotonic(), version + 1
+        record = coordinator.refit(version)
+        seconds = time.monotonic() - started_s
+        table.append((f"{kind} generator {number} at {place}", record.incidents, round(seconds, 1)))
+        assert record.committed and seconds < LIMIT_S, table[-1]
+        report = coordinator.verify()
+        assert report.ok, (table[-1], report.mismatches, report.changed_params)
+        found = answers(coordinator)
+        assert found, table[-1]
+        assert len({str(rows) for rows in found.values()}) == 1, "all engines answer alike"
+        assert {spans[-1][0] for rows in found.values() for _, _, _, spans in rows} == {version}
+    coordinator.close()
+    with capsys.disabled():
+        print()
+        for row in table:
+            print(*row)
+
+
+def everybody(coordinator: Coordinator, version: int) -> int:
+    """Refit until every replacement has joined; the version then."""
+    deadline_s = time.monotonic() + 400.0
+    while version == 0 or any("serving" not in state for state in coordinator.states().values()):
+        assert time.monotonic() < deadline_s, coordinator.states()
+        version += 1
+        assert coordinator.refit(version).committed
+        time.sleep(1.0)
+    return version

@@ -1,0 +1,66 @@
+"""Prometheus reads a job's metrics from the address that the job names."""
+
+from __future__ import annotations
+
+import bisect
+import re
+import time
+import urllib.request
+
+import pytest
+
+from refit.service.metrics import SECONDS_BOUNDS, JobMetrics, metrics_address
+from tests.end_to_end.jobs import Job, JobPool
+
+PATIENCE_S = 40.0  # Ray hands metrics over every 10 s
+
+pytestmark = [pytest.mark.ray, pytest.mark.vllm, pytest.mark.megatron, pytest.mark.timeout(600)]
+
+
+@pytest.fixture(scope="module")
+def job(jobs: JobPool) -> Job:
+    return jobs.get("default")
+
+
+def test_the_metrics_endpoint_shows_the_last_refit(job: Job) -> None:
+    metrics = JobMetrics()
+    with job.path("p2p") as coordinator:
+        record = job.refit(coordinator)
+    metrics.add_refit(record)
+    found = wait_for("ray_refit_version")
+    assert found["ray_refit_version", ""] == record.version
+    assert found["ray_refit_attempts_total", 'outcome="committed"'] == 1
+    assert found["ray_refit_bytes_total", 'class="bulk"'] == record.bulk_bytes > 0
+    assert found["ray_refit_seconds_count", 'phase="stage"'] == 1
+    near = found[
+        "ray_refit_seconds_sum", 'phase="stage"'
+    ]  # Ray hands on the middle of the bucket, not the value
+    low, high = bucket_of(record.seconds["stage"])
+    assert low <= near <= high
+    assert found["ray_refit_rank_bytes", 'direction="sent",rank="train 0"'] == record.ranks[0].bytes_sent
+    assert found["ray_refit_bound_ratio", ""] == pytest.approx(record.bound_ratio)
+    assert found["ray_refit_extra_memory_bytes", 'kind="staging"'] == record.staged_bytes > 0
+
+
+def bucket_of(seconds: float) -> tuple[float, float]:
+    """The two bounds of the histogram that `seconds` lies between."""
+    place = bisect.bisect_left(SECONDS_BOUNDS, seconds)
+    return (0.0, *SECONDS_BOUNDS)[place], (*SECONDS_BOUNDS, float("inf"))[place]
+
+
+def wait_for(name: str) -> dict[tuple[str, str], float]:
+    """{(metric, our labels): value} of the endpoint, once it has `name`."""
+    deadline_s = time.monotonic() + PATIENCE_S
+    while True:
+        with urllib.request.urlopen(metrics_address(), timeout=10.0) as answer:
+            text = answer.read().decode()
+        if re.search(rf"^{name}\b", text, re.MULTILINE):
+            return dict(map(sample, re.findall(r"^ray_(?:refit|grpo)_.*$", text, re.MULTILINE)))
+        assert time.monotonic() < deadline_s, f"{name} did not show within {PATIENCE_S} s"
+        time.sleep(1.0)
+
+
+def sample(line: str) -> tuple[tuple[str, str], float]:
+    name, labels, value = re.fullmatch(r"(\w+)\{(.*)\} (\S+)", line).groups()
+    ours = re.findall(r'(?:class|direction|kind|outcome|phase|rank)="[^"]*"', labels)
+    return (name, ",".join(sorted(ours))), float(value)

@@ -1,0 +1,148 @@
+"""A real vLLM engine that stores FP8 (on this CPU: decoded at use), refitted with tensors quantized by the sender."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from refit.gen_side.generator import Generator, GenOptions, GenParallel
+from refit.train_side.tiny_models import make_tiny_model
+from refit.transfer.precision.checkpoint import quantize_checkpoint
+from refit.transfer.protocol import RefitReport, report_key
+from tests.gen_side.checkpoints import shifted, tensors_of
+from tests.gen_side.rounds import Rounds
+from tests.gen_side.test_engine import BUILD_S, PROMPTS, greedy
+
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
+
+SIZES = {"hidden_size": 256, "head_dim": 128, "intermediate_size": 512, "num_hidden_layers": 2}
+EXPERTS = {"moe_intermediate_size": 256, "num_experts": 4}
+KL_LIMIT = 1.2e-2
+BYTES_LIMIT = 0.52
+
+
+def with_kv_scales(folder, factor):
+    """Add calibrated scales of keys and values to an FP8 checkpoint, different in every layer."""
+    tensors = tensors_of(folder)
+    for layer in range(SIZES["num_hidden_layers"]):
+        for position, part in enumerate("kv"):
+            value = factor * (0.5 + layer + 0.25 * position)
+            tensors[f"model.layers.{layer}.self_attn.{part}_proj.{part}_scale"] = torch.tensor(value)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+@pytest.fixture(scope="module", params=["tiny-qwen3", pytest.param("tiny-qwen3-moe", marks=pytest.mark.slow)])
+def folders(request, tmp_path_factory):
+    """(start, changed) of one model in FP8, with KV-cache scales."""
+    folder = tmp_path_factory.mktemp("fp8")
+    start = make_tiny_model(
+        request.param, folder / "bf16", overrides=SIZES | (EXPERTS if "moe" in request.param else {})
+    )
+    changed = shifted(start, folder / "changed-bf16", seed=1)
+    return [
+        with_kv_scales(quantize_checkpoint(source, folder / name, "fp8"), factor)
+        for source, name, factor in ((start, "start", 1.0), (changed, "changed", 4.0))
+    ]
+
+
+def built(folder, **options):
+    return Generator.build(folder, GenParallel(), GenOptions(**options), BUILD_S)
+
+
+def scales(generator):
+    model = generator._llm.llm_engine.model_executor.driver_worker.worker.model_runner.get_model()
+    layers = [layer.self_attn.attn for layer in model.model.layers]
+    return [(a._k_scale_float, a._v_scale_float, a._k_scale.item(), a._v_scale.item()) for a in layers]
+
+
+def parameters(generator):
+    model = generator._llm.llm_engine.model_executor.driver_worker.worker.model_runner.get_model()
+    return {
+        name: (p.dtype, p.detach().clone().view(torch.uint8))
+        for name, p in model.named_parameters()
+        if p.numel()
+    }
+
+
+def differing(found, wanted):
+    assert found.keys() == wanted.keys()
+    return [n for n in wanted if found[n][0] != wanted[n][0] or not torch.equal(found[n][1], wanted[n][1])]
+
+
+def test_fp8_weights_and_kv_scales_arrive_as_if_loaded_from_disk_twice_in_a_row(folders):
+    start, changed = folders
+    fresh = built(changed, kv_cache_dtype="fp8")
+    goal, goal_scales, goal_answers = parameters(fresh), scales(fresh), greedy(fresh)
+    fresh.close()
+    generator = built(start, kv_cache_dtype="fp8")
+    try:
+        before, before_scales = parameters(generator), scales(generator)
+        assert goal_scales == [(4 * (0.5 + i), 4 * (0.75 + i)) * 2 for i in range(2)]
+        assert before_scales != goal_scales and differing(before, goal)
+        assert any(dtype is torch.float8_e4m3fn for dtype, _ in before.values())
+        with Rounds(generator, tensors_of(start), 1) as rounds:
+            kinds = {tensor.name: tensor.kind for tensor in rounds.plan.tensors.values()}
+            assert {kind for name, kind in kinds.items() if name.endswith(("weight", "scale_inv"))} == {
+                "bulk"
+            }
+            assert {kind for name, kind in kinds.items() if name.endswith(("k_scale", "v_scale"))} == {"misc"}
+            for version, (folder, wanted, wanted_scales) in enumerate(
+                [(changed, goal, goal_scales), (changed, goal, goal_scales), (start, before, before_scales)],
+                1,
+            ):
+                assert rounds.refit(version, tensors_of(folder))
+                assert differing(parameters(generator), wanted) == []
+                assert scales(generator) == wanted_scales  # set, not multiplied by the old ones
+            assert rounds.refit(4, tensors_of(changed))
+        assert greedy(generator) == goal_answers
+    finally:
+        generator.close()
+
+
+@pytest.mark.slow
+def test_an_fp8_refit_sends_half_the_bytes_and_the_engine_answers_close_to_a_bf16_engine(tmp_path):
+    wide = SIZES | {"intermediate_size": 1024, "num_hidden_layers": 6}
+    plain = make_tiny_model("tiny-qwen3", tmp_path / "bf16", overrides=wide)
+    changed = shifted(plain, tmp_path / "changed", seed=1)
+    folders = {
+        "bf16": (plain, changed),
+        "fp8": tuple(
+            quantize_checkpoint(folder, tmp_path / f"fp8-{folder.name}", "fp8") for folder in (plain, changed)
+        ),
+    }
+    answers, sent_bytes = {}, {}
+    for name, (start, target) in folders.items():
+        generator = built(start)
+        try:
+            with Rounds(generator, tensors_of(start), 1) as rounds:
+                assert rounds.refit(1, tensors_of(target))
+                report = RefitReport.of_message(rounds.control.get(report_key(rounds.attempt, 0), 10.0))
+            samples = answers.setdefault("samples", generator.generate(PROMPTS, 16, 8, 1.0, 3))
+            answers[name], sent_bytes[name] = forced(generator, samples), report.bytes_sent
+        finally:
+            generator.close()
+    delta = torch.tensor(answers["bf16"], dtype=torch.float64) - torch.tensor(
+        answers["fp8"], dtype=torch.float64
+    )
+    kl, ratio = (delta.exp() - delta - 1).mean().item(), sent_bytes["fp8"] / sent_bytes["bf16"]
+    print(json.dumps({"k3": kl, "tokens": len(delta), "bytes": sent_bytes, "ratio": ratio}))
+    assert 0 < kl <= KL_LIMIT
+    assert ratio <= BYTES_LIMIT
+
+
+def forced(generator, samples):
+    """Log-probabilities of the tokens of `samples`, under this engine."""
+    from vllm import SamplingParams
+
+    sampling = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False)
+    inputs = [{"prompt_token_ids": [*PROMPTS[s.prompt_index], *s.tokens]} for s in samples]
+    outputs = generator._llm.generate(inputs, sampling, use_tqdm=False)
+    return [
+        float(entry[token].logprob)
+        for sample, output in zip(samples, outputs, strict=True)
+        for token, entry in list(zip(output.prompt_token_ids, output.prompt_logprobs, strict=True))[
+            len(PROMPTS[sample.prompt_index]) :
+        ]
+    ]

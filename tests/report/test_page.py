@@ -1,0 +1,130 @@
+"""The report page: made by the command from a recorded run, read back as HTML."""
+
+from __future__ import annotations
+
+import json
+import re
+from html.parser import HTMLParser
+
+import pytest
+
+from refit.cli import main
+from refit.report import charts
+from refit.report.reader import read_run
+from tests.report.runs import LINKS, recorded_run
+
+SECTIONS = {"reward", "phases", "rank-phases", "timeline", "traffic", "memory", "refits", "ranks"}
+
+
+class Page(HTMLParser):
+    """Ids, addresses that a browser would fetch, and the text outside of scripts and styles."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.ids, self.fetched, self.text, self._quiet = [], [], "", False
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        attrs = dict(attrs)
+        if "id" in attrs:
+            self.ids.append(attrs["id"])
+        if tag in ("script", "img", "iframe", "source", "link"):
+            self.fetched += [attrs[key] for key in ("src", "href") if key in attrs]
+        self._quiet = tag in ("script", "style")
+
+    def handle_endtag(self, tag):
+        self._quiet = False
+
+    def handle_data(self, words):
+        if not self._quiet:
+            self.text += words + "\n"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return recorded_run(tmp_path_factory.mktemp("report") / "run")
+
+
+@pytest.fixture(scope="module")
+def page(folder):
+    assert main(["report", str(folder)]) == 0
+    return Page((folder / "report.html").read_text())
+
+
+def test_the_page_has_every_section_and_fetches_nothing(page):
+    assert set(page.ids) >= SECTIONS
+    assert page.fetched == ["data:,"], "the empty icon, which keeps a browser from asking for one"
+    assert "Nothing was recorded" not in page.text
+    assert {
+        "chart-reward",
+        "chart-phase-driver",
+        "chart-phase-rank",
+        "chart-traffic-0",
+        "chart-timeline-0",
+    } <= set(page.ids)
+
+
+def test_the_page_tells_of_refits_that_were_not_committed_and_escapes_their_words(page):
+    assert "NOT COMMITTED: norm.weight differs" in page.text
+    assert "NOT COMMITTED: no sign of life from <gen 1>" in page.text
+    assert re.search(r"2\nrefits not committed", page.text)
+    assert "1 of 2 differ" in page.text and "2 equal" in page.text
+
+
+def test_the_traffic_matrix_shows_each_link(folder):
+    run = read_run(folder)
+    (plan,) = run.plans.values()
+    (heat,) = charts.traffic(plan).data
+    assert [list(row) for row in heat.z] == [[1000, 2000], [3000, 4000]]
+    assert sum(num_bytes for _, _, num_bytes in LINKS) == sum(map(sum, heat.z))
+
+
+def test_the_timeline_has_a_row_per_rank_and_stream_and_a_bar_per_stretch(folder):
+    refit = read_run(folder).reported[0]
+    figure = charts.timeline(refit)
+    rows = [row for bar in figure.data for row in bar.y]
+    assert set(rows) == {"train 0 stream 0", "train 1 stream 0"} | {
+        f"gen {rank} stream {lane}" for rank in (0, 1) for lane in (0, 1)
+    }
+    assert len(rows) == sum(len(rank["spans"]) for rank in refit["ranks"])
+    by_phase = {bar.name: bar for bar in figure.data}
+    assert by_phase["finalize"].base[0] == pytest.approx(60.0)
+    assert by_phase["unpack"].x[-1] == pytest.approx(20.0), "milliseconds of the straggler"
+
+
+def test_stacked_phases_add_up_to_each_refit(folder):
+    run = read_run(folder)
+    figure = charts.phase_bars(run, charts.PHASES, "stack")
+    assert figure.layout.barmode == "stack"
+    for number, refit in enumerate(run.reported):
+        assert sum(bar.y[number] for bar in figure.data) == pytest.approx(1e3 * refit["total_s"])
+
+
+def test_timelines_are_offered_of_the_last_the_slowest_and_every_discarded_refit(folder):
+    chosen = {reason: refit["version"] for reason, refit in charts.chosen_refits(read_run(folder))}
+    assert chosen == {"last": 6, "quickest": 1, "discarded": 5}
+
+
+def test_a_run_that_goes_on_is_reported_without_its_half_written_line(tmp_path):
+    folder = recorded_run(tmp_path)
+    with (folder / "steps.jsonl").open("a") as stream:
+        stream.write('{"step": 7, "rew')
+    assert len(read_run(folder).steps) == 6
+
+
+def test_a_folder_without_a_run_and_a_broken_file_are_refused_by_name(tmp_path, capsys):
+    assert main(["report", str(tmp_path)]) == 2
+    assert "steps.jsonl" in capsys.readouterr().err
+    recorded_run(tmp_path)
+    lines = (tmp_path / "refits.jsonl").read_text().splitlines()
+    (tmp_path / "refits.jsonl").write_text("\n".join([lines[0], "{", *lines[2:], ""]))
+    assert main(["report", str(tmp_path)]) == 2
+    assert "refits.jsonl line 2" in capsys.readouterr().err
+
+
+def test_a_run_of_the_conventional_path_has_no_links_and_still_a_page(tmp_path):
+    folder = recorded_run(tmp_path)
+    (plan_file,) = (folder / "plans").glob("*.json")
+    plan_file.write_text(json.dumps(json.loads(plan_file.read_text()) | {"links": []}))
+    assert main(["report", str(folder), "--out", str(tmp_path / "page.html")]) == 0
+    assert "Nothing was recorded for this." in Page((tmp_path / "page.html").read_text()).text

@@ -1,0 +1,277 @@
+"""The client of servers: what it says when a call fails, and rounds with receivers that are not vLLM."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+import torch
+
+from refit.plan import Holding, ParamSpec, PlanOptions, RankManifest, Region, TensorSpec
+from refit.service.http_engine import HttpEngine
+from refit.service.http_refit import HttpRefit, join_source
+from refit.transfer import endpoint
+from refit.transfer.endpoint import Endpoint
+from refit.transfer.errors import RefitFailed, TransportError
+from refit.transfer.groups import Groups
+from refit.transfer.protocol import FinishReport, finished_key
+from refit.transfer.rendezvous import ControlStore
+from refit.transfer.source import ModelSource
+
+SHAPES = {"layer.up_proj.weight": (6, 4), "norm.weight": (4,)}
+
+
+class Receiver:
+    """One engine of one worker that keeps plain tensors: the real endpoint, and the calls of HttpEngine."""
+
+    def __init__(self, spoil=False, fails="", commits=True):
+        self.params = {name: torch.zeros(shape) for name, shape in SHAPES.items()}
+        self.version, self.stamps, self.calls = None, [], []
+        self._spoil, self._fails, self._commits = spoil, fails, commits
+
+    def num_workers(self):
+        return 1
+
+    def prepare(self, info):
+        host, _, port = info["store"].rpartition(":")
+        self._gen_rank = info["first_gen_rank"]
+        self._control = ControlStore.join(host, int(port), info["run_id"])
+        self._endpoint = Endpoint.prepare(self._control, self._manifest(), info["timeout_s"])
+
+    def stage(self, version, attempt):
+        if self._fails:
+            raise TransportError(self._fails)
+        self._staged = {name: torch.zeros(shape) for name, shape in SHAPES.items()}
+        self._version, self._attempt = version, attempt
+        self._endpoint.begin(version, attempt)
+        self._endpoint.move_bulk(self._staged)
+        for name, tensor in self._endpoint.receive_misc():
+            self._staged[name].copy_(tensor)
+        if self._spoil:
+            self._endpoint._attempt.misc_digests["norm.weight"] ^= 1
+        self._endpoint.put_report()
+
+    def pause(self, mode):
+        self.calls.append(mode)
+
+    def forget_prefixes(self):
+        self.calls.append("forget")
+
+    def resume(self):
+        self.calls.append("resume")
+
+    def finish(self, version):
+        self.stamps.append(version)
+        self.calls.append("finish")
+        if self._fails or not self._commits:
+            return
+        commit, _ = self._endpoint.decision()
+        if commit:
+            self.params, self.version = self._staged, self._version
+            finished = FinishReport(self._version, time.time(), 0.0, 0)
+            self._control.put(finished_key(self._attempt, self._gen_rank), finished.message())
+
+    def close(self):
+        self._endpoint.close()
+
+    def _manifest(self):
+        return RankManifest(
+            "gen",
+            self._gen_rank,
+            0,
+            self._gen_rank,
+            tuple(TensorSpec(name, shape, "float32") for name, shape in SHAPES.items()),
+            tuple(ParamSpec(name, shape, "float32") for name, shape in SHAPES.items()),
+            tuple(
+                Holding(name, Region.whole(shape), name, 0, self.params[name].stride())
+                for name, shape in SHAPES.items()
+            ),
+            (),
+        )
+
+
+class Rounds:
+    """A source of one rank and some receivers, all in threads of the test."""
+
+    def __init__(self, *receivers):
+        self.receivers = receivers
+        self.tensors = {name: torch.randn(shape) for name, shape in SHAPES.items()}
+        options = PlanOptions(whitelist=(r".*proj\.weight",))
+        self.refitter = HttpRefit.open(receivers, 1, timeout_s=20.0, options=options)
+        self._beside = ThreadPoolExecutor(1)
+        planned = self._beside.submit(self.refitter.prepare)
+        self.source = join_source(
+            ModelSource(self.tensors, 0), self.refitter.store, self.refitter.run_id, 20.0
+        )
+        planned.result(20.0)
+
+    def refit(self, version):
+        for tensor in self.tensors.values():
+            tensor.add_(1.0)
+        done = self._beside.submit(self.refitter.refit, version)
+        with contextlib.suppress(RefitFailed):  # what the coordinator says is what counts
+            self.source.send(version)
+        return done.result(30.0)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.source.close()
+        for receiver in self.receivers:
+            receiver.close()
+        self.refitter.close()
+        self._beside.shutdown()
+
+
+def test_two_servers_hold_each_version_that_was_committed():
+    with Rounds(Receiver(), Receiver()) as rounds:
+        for version in (1, 2):
+            record = rounds.refit(version)
+            assert record.committed and record.version == version
+            assert record.digests_compared == 4 and record.wire_bytes == 2 * 96
+            for receiver in rounds.receivers:
+                assert receiver.version == version
+                assert all(torch.equal(receiver.params[name], rounds.tensors[name]) for name in SHAPES)
+    assert [receiver.stamps for receiver in rounds.receivers] == [[1, 2], [1, 2]]
+    assert rounds.receivers[0].calls == ["wait", "finish", "forget", "resume"] * 2
+
+
+def test_a_digest_that_differs_on_one_server_discards_the_version_on_both():
+    with Rounds(Receiver(), Receiver(spoil=True)) as rounds:
+        record = rounds.refit(1)
+        assert not record.committed and "norm.weight on gen rank 1" in record.reason
+        assert [receiver.version for receiver in rounds.receivers] == [None, None]
+        assert [receiver.stamps for receiver in rounds.receivers] == [[None], [None]], "no new stamp"
+        assert rounds.receivers[0].calls == ["finish"], "a discard lets the server sample on"
+
+
+def test_a_server_that_fails_ends_the_round_for_all_and_is_named():
+    with Rounds(Receiver(), Receiver(fails="out of memory")) as rounds:
+        started_s = time.monotonic()
+        with pytest.raises(RefitFailed, match="server 1: out of memory"):
+            rounds.refit(1)
+        assert time.monotonic() - started_s < 15.0
+        assert [receiver.version for receiver in rounds.receivers] == [None, None]
+        assert [receiver.stamps for receiver in rounds.receivers] == [[None], [None]]
+
+
+@pytest.mark.parametrize("step", ["params", "export"])
+def test_a_source_that_cannot_give_its_weights_ends_the_round_for_all_and_is_named(step, monkeypatch):
+    def broken(*_):
+        raise ValueError("weights went away")
+
+    with Rounds(Receiver()) as rounds:
+        monkeypatch.setattr(ModelSource, step, broken)
+        started_s = time.monotonic()
+        with pytest.raises(RefitFailed, match=rf"phase '{step}'.*train 0.*weights went away"):
+            rounds.refit(1)
+        assert time.monotonic() - started_s < 15.0
+        assert rounds.receivers[0].version is None
+
+
+def test_a_rank_that_fails_after_its_groups_are_open_ends_prepare_for_all_and_closes_them(monkeypatch):
+    closed = []
+    close = Groups.close
+    monkeypatch.setattr(Groups, "close", lambda groups: (closed.append(groups), close(groups)))
+
+    def broken(*_):
+        raise MemoryError("no room for the tables")
+
+    monkeypatch.setattr(endpoint, "compile_stage", broken)
+    started_s = time.monotonic()
+    with pytest.raises(RefitFailed, match="no room for the tables"):
+        Rounds(Receiver())
+    assert time.monotonic() - started_s < 15.0
+    assert closed
+
+
+def test_a_server_that_did_not_commit_stays_paused_and_is_named_while_the_other_samples_on():
+    with Rounds(Receiver(), Receiver(commits=False)) as rounds:
+        with pytest.raises(RefitFailed, match=r"gen ranks \[1\] did not; restart their servers"):
+            rounds.refit(1)
+        assert [receiver.version for receiver in rounds.receivers] == [1, None]
+        assert rounds.receivers[0].calls == ["wait", "finish", "forget", "resume"]
+        assert rounds.receivers[1].calls == ["wait", "finish"]
+
+
+def test_a_server_that_does_not_pause_discards_the_version_on_both(monkeypatch):
+    stuck = Receiver()
+
+    def never(mode):
+        raise TransportError("requests have not ended")
+
+    monkeypatch.setattr(stuck, "pause", never)
+    with Rounds(Receiver(), stuck) as rounds:
+        with pytest.raises(TransportError, match="requests have not ended"):
+            rounds.refit(1)
+        assert [receiver.version for receiver in rounds.receivers] == [None, None]
+        assert rounds.receivers[0].calls == ["wait", "finish", "resume"]
+
+
+def test_trainers_that_send_another_version_than_was_asked_for_end_the_round():
+    with Rounds(Receiver()) as rounds:
+        send = rounds.source.send
+        rounds.source.send = lambda version: send(version + 1)
+        with pytest.raises(
+            TransportError, match="moved version 2 in attempt 1, the coordinator asked for version 1"
+        ):
+            rounds.refit(1)
+        assert rounds.receivers[0].version is None
+
+
+class Answers(BaseHTTPRequestHandler):
+    """404 for unknown routes, 500 with words for one, JSON for one."""
+
+    def do_GET(self):
+        known = {"/weight_info": (200, b'{"weight_version": "7"}'), "/health": (200, b"")}
+        self.answer(*known.get(self.path, (404, b"no such route")))
+
+    def do_POST(self):
+        self.rfile.read(int(self.headers["Content-Length"]))
+        known = {
+            "/start_weight_update": (500, b"engine dead"),
+            "/reset_prefix_cache": (200, b'{"success": false}'),
+        }
+        self.answer(*known.get(self.path, (404, b"no such route")))
+
+    def answer(self, code, body):
+        self.send_response(code)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def engine():
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Answers)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield HttpEngine(f"http://127.0.0.1:{server.server_address[1]}/", timeout_s=5.0)
+    server.shutdown()
+    server.server_close()
+
+
+def test_an_answer_that_is_an_error_is_quoted_with_its_route(engine):
+    engine.wait_ready(5.0)
+    assert engine.weight_version() == "7"
+    with pytest.raises(
+        TransportError, match=r"POST http://.*/start_weight_update answered 500: engine dead$"
+    ):
+        engine.stage(1, 1)
+    with pytest.raises(TransportError, match=r"404.*VLLM_SERVER_DEV_MODE=1"):
+        engine.prepare({})
+    with pytest.raises(TransportError, match="keeps its prefix cache"):
+        engine.forget_prefixes()
+
+
+def test_a_server_that_is_not_there_is_an_error_in_time():
+    engine = HttpEngine("http://127.0.0.1:9", timeout_s=1.0)
+    with pytest.raises(TransportError, match=r"127.0.0.1:9 is not ready after 1 s"):
+        engine.wait_ready(1.0)

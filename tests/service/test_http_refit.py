@@ -1,0 +1,58 @@
+"""A stock vLLM server, started as its users start it, is refitted by trainers that know it only by its address."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from refit.train_side.tiny_models import make_tiny_model
+from tests.service.vllm_server import free_port, greedy, serving
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+PROMPTS = [
+    [40, 41, 42, 43],
+    [65, 66, 67],
+    [7 * k % 250 for k in range(70)],
+]  # the last one fills cache blocks
+
+pytestmark = [pytest.mark.slow, pytest.mark.vllm, pytest.mark.processes, pytest.mark.timeout(900)]
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory):
+    return make_tiny_model("tiny-qwen3", tmp_path_factory.mktemp("start") / "model", dtype="bfloat16")
+
+
+@pytest.fixture(scope="module")
+def server(start, tmp_path_factory):
+    with serving(start, tmp_path_factory.mktemp("server") / "log.txt") as engine:
+        yield engine
+
+
+@pytest.mark.parametrize("script", ["plain_torch_source.py", "fsdp2_source.py"])
+def test_a_server_answers_like_a_fresh_one_loaded_from_the_exported_checkpoint(
+    script, server, start, tmp_path
+):
+    before = greedy(server, PROMPTS)
+    launch = [sys.executable, str(EXAMPLES / script)]
+    if script == "fsdp2_source.py":
+        run = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port())]
+        launch = [sys.executable, *run, str(EXAMPLES / script), "--store-port", str(free_port())]
+    done = subprocess.run(
+        [*launch, "--model", str(start), "--url", server.url, "--save", str(tmp_path / "saved")],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert "version 2:" in done.stdout and " equal" in done.stdout, done.stdout
+    assert server.weight_version() == "2"
+    after = greedy(server, PROMPTS)
+    assert after != before, "the refits changed nothing"
+    with serving(tmp_path / "saved", tmp_path / "fresh.txt") as fresh:
+        assert after == greedy(fresh, PROMPTS)
