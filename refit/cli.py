@@ -16,6 +16,10 @@ COMMANDS = {
     "explain": ("refit.commands.explain", "who sends which box of a tensor to whom"),
     "simulate": ("refit.commands.simulate", "timeline of a refit on a fabric, with stragglers and failures"),
     "validate": ("refit.commands.validate", "refit real generators from real trainers, compare every byte"),
+    "doctor": (
+        "refit.commands.doctor",
+        "check this environment, or every node of a cluster, and say what to fix",
+    ),
     "report": ("refit.commands.report", "one HTML page about a run"),
 }
 

@@ -4,20 +4,21 @@ from collections.abc import Sequence
 
 
 def show(title: str, headings: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    """Print a table. Numbers are right-aligned."""
+    """Print a table. Numbers are right-aligned. Brackets are text, not rich's markup."""
     text = [[str(cell) for cell in row] for row in rows]
     try:
         from rich.console import Console
+        from rich.markup import escape
         from rich.table import Table
     except ImportError:
         _plain(title, headings, text)
         return
-    table = Table(title=title, title_justify="left")
+    table = Table(title=escape(title), title_justify="left")
     for column, heading in enumerate(headings):
         numeric = bool(rows) and all(isinstance(row[column], (int, float)) for row in rows)
         table.add_column(heading, justify="right" if numeric else "left", overflow="fold")
     for row in text:
-        table.add_row(*row)
+        table.add_row(*map(escape, row))
     Console().print(table)
 
 

@@ -234,16 +234,16 @@ def start_ray(config: JobConfig) -> list[psutil.Process]:
             if attempt == START_ATTEMPTS:
                 raise TransportError(
                     f"Ray did not start or answer ({where}), {attempt} times: {error}; see cluster.address"
-                    + _token_remedy(config)
+                    + token_remedy(config.cluster.address)
                 ) from error
         else:
             break
     return [child for child in psutil.Process().children() if child not in others]
 
 
-def _token_remedy(config: JobConfig) -> str:
+def token_remedy(address: str | None) -> str:
     """Ray 2.60 takes a token up by itself for a local Ray and for "auto", never for an explicit address."""
-    if config.cluster.address in (None, "auto") or os.environ.get("RAY_AUTH_MODE") == "token":
+    if address in (None, "auto") or os.environ.get("RAY_AUTH_MODE") == "token":
         return ""
     return (
         ". If that cluster asks for a token, set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN_PATH if the token is "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import subprocess
@@ -67,6 +68,27 @@ def test_without_the_clusters_token_the_job_names_the_address_and_the_way_out(
     assert done.returncode == 1
     assert address in done.stderr
     assert "RAY_AUTH_MODE=token" in done.stderr
+
+
+def test_the_doctor_examines_the_nodes_of_the_cluster_their_clocks_and_versions(
+    cluster: dict[str, str],
+) -> None:
+    address = cluster["REFIT_TEST_ADDRESS"]
+    command = [sys.executable, "-m", "refit", "doctor", "--json", "--cluster", address]
+    done = subprocess.run(command, env=os.environ | cluster, capture_output=True, text=True, timeout=200)
+    nodes = json.loads(done.stdout)["nodes"]
+    assert nodes[f"cluster {address}"][0]["found"] == "1 live nodes"
+    (remote,) = [checks for name, checks in nodes.items() if " (" in name]
+    compared = {check["name"]: check["state"] for check in remote if check["area"] == "cluster"}
+    assert compared == {"versions": "ok", "clock": "ok"}
+    assert {"Python", "memory", "localhost"} <= {check["name"] for check in remote}
+    without = subprocess.run(
+        command, env=os.environ | {"RAY_AUTH_MODE": "disabled"}, capture_output=True, text=True, timeout=200
+    )
+    assert without.returncode == 1
+    (refused,) = json.loads(without.stdout)["nodes"][f"cluster {address}"]
+    assert refused["state"] == "fail"
+    assert "RAY_AUTH_MODE=token" in refused["advice"]
 
 
 def wait_until_listening(port: int, head: subprocess.Popen[bytes]) -> None:
