@@ -1,7 +1,8 @@
 """`python -m refit.chaos`: random faults on real processes, a table of what came of them, and one JSON line.
 
 Two trainers and some replicas, plain processes that run the real endpoint on real parameters, led by the service's own
-coordinator on a Ray of its own. Exit code 0 if no torn version was ever served and every fault ended in time.
+coordinator on a Ray of its own. Exit code 0 if every fault struck, ended as it must and in time, and no torn version
+was ever served.
 """
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ import ray
 from rich.console import Console
 from rich.table import Table
 
-from refit.chaos.campaign import NUM_TRAINERS, Campaign, Outcome, config_of, table_of
+from refit.chaos.campaign import NUM_TRAINERS, Campaign, config_of
 from refit.chaos.crew import Crew
+from refit.chaos.judge import Outcome, table_of
 from refit.service.cluster import ENVIRONMENT, LEAVE_S, start_ray
 from refit.service.config import JobConfig
 from refit.service.processes import end_processes
@@ -33,7 +35,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments.run_dir.mkdir(parents=True, exist_ok=True)
     started_s = time.monotonic()
     with a_ray(config):
-        campaign = Campaign(Crew(NUM_TRAINERS, arguments.replicas, arguments.run_dir / "logs"), config)
+        crew = Crew(NUM_TRAINERS, arguments.replicas, arguments.run_dir / "logs")
+        campaign = Campaign(crew, config, arguments.run_dir)
         try:
             with (arguments.run_dir / "outcomes.jsonl").open("w", buffering=1) as stream:
                 campaign.run(arguments.faults, arguments.seed, lambda outcome: stream.write(line_of(outcome)))
@@ -61,13 +64,15 @@ def a_ray(config: JobConfig) -> Iterator[None]:
 
 def line_of(outcome: Outcome) -> str:
     fault = str(outcome.fault)
-    return json.dumps([fault, outcome.ending, round(outcome.seconds, 2), outcome.detail]) + "\n"
+    line = [fault, outcome.struck, outcome.ending, round(outcome.seconds, 2), outcome.detail]
+    return json.dumps(line) + "\n"
 
 
 def summary_of(campaign: Campaign, seed: int, wall_s: float) -> dict[str, object]:
     seconds = sorted(outcome.seconds for outcome in campaign.outcomes)
     return {
         "faults": len(campaign.outcomes),
+        "struck": sum(outcome.struck for outcome in campaign.outcomes),
         "seed": seed,
         "torn": campaign.sampler.torn,
         "wrong": campaign.wrong,

@@ -2,38 +2,29 @@
 
 from __future__ import annotations
 
-import collections
-import functools
+import contextlib
+import errno
+import json
 import random
-import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 from refit.chaos import model
-from refit.chaos.crew import Crew
-from refit.chaos.faults import Fault, draw
+from refit.chaos.crew import START_S, Crew
+from refit.chaos.faults import DRIVER, FULL_DISK, Fault, draw
+from refit.chaos.judge import ENDED, Outcome, broken_by, due, ending_of
+from refit.chaos.sampler import SAMPLE_S, Sampler, expected_digest
 from refit.service.config import ClusterConfig, GenerationConfig, JobConfig, PolicyConfig, RefitConfig
 from refit.service.coordinator import Coordinator
+from refit.service.record import REFITS_FILE, RunRecord
 from refit.service.rounds import settle_s
-from refit.service.waiting import Answers, gather
+from refit.service.waiting import collect
 from refit.transfer.errors import Failure, RefitFailed, TransportError
 
-SAMPLE_S = 0.25
 FULL_CREW_S = 300.0
 NUM_TRAINERS = 2
 BUCKET_BYTES = 64 * 1024
-
-
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """What one fault led to. `ending` is one of committed, committed after a repeat, committed without it, ended."""
-
-    fault: Fault
-    ending: str
-    seconds: float
-    detail: str
-    states: Mapping[str, str]
 
 
 def config_of(num_replicas: int, timeout_s: float) -> JobConfig:
@@ -46,55 +37,16 @@ def config_of(num_replicas: int, timeout_s: float) -> JobConfig:
     )
 
 
-class Sampler:
-    """A thread that asks all who serve, all the time, and compares version and bytes. `torn` must stay empty."""
-
-    def __init__(self) -> None:
-        self.num_samples = 0
-        self.torn: list[str] = []
-        self._newest: dict[int, int] = {}
-        self._stop = threading.Event()
-        self._coordinator: Coordinator | None = None
-        self._thread = threading.Thread(target=self._run, name="chaos-sampler", daemon=True)
-        self._thread.start()
-
-    def watch(self, coordinator: Coordinator) -> None:
-        self._coordinator = coordinator
-
-    def look(self, coordinator: Coordinator, timeout_s: float) -> Answers:
-        """One sample of every replica that serves; judged here, returned for those who care who died."""
-        calls = {who: actor.sample.remote() for who, actor in coordinator.serving().items()}
-        answers = gather(calls, "generate", timeout_s, settle_s=timeout_s)
-        for who, (version, digest, pid) in answers.results.items():
-            self.num_samples += 1
-            if digest != expected_digest(version):
-                self.torn.append(f"{who} says version {version}, its bytes are none of it")
-            if version < self._newest.get(pid, 0):
-                self.torn.append(f"{who} went from version {self._newest[pid]} back to {version}")
-            self._newest[pid] = max(version, self._newest.get(pid, 0))
-        return answers
-
-    def close(self) -> None:
-        self._stop.set()
-        self._thread.join(30.0)
-
-    def _run(self) -> None:
-        while not self._stop.wait(SAMPLE_S):
-            if self._coordinator is not None:
-                self.look(self._coordinator, 2.0)
-
-
-@functools.cache
-def expected_digest(version: int) -> str:
-    return model.digest_at(version)
-
-
 class Campaign:
     """One crew under one service; `strike` is one fault and all that follows from it."""
 
-    def __init__(self, crew: Crew, config: JobConfig) -> None:
+    def __init__(self, crew: Crew, config: JobConfig, run_dir: Path) -> None:
         self._crew = crew
         self._config = config
+        self._run_dir = run_dir
+        self._record = RunRecord.open(run_dir)
+        self._unwritten: list[int] = []
+        self._committed: list[int] = []
         self.sampler = Sampler()
         self.version = 0
         self.num_jobs = 0
@@ -117,30 +69,35 @@ class Campaign:
     def strike(self, fault: Fault) -> Outcome:
         """Arm, refit to the next version, judge what serves, and repair."""
         self.await_everybody()
-        self._crew.arm(fault)
-        if fault.phase == "prepare":
-            self._coordinator.reopen()
-        started_s = time.monotonic()
-        try:
-            if fault.phase == "generate":
-                answers = self.sampler.look(self._coordinator, self._config.refit.timeout_s)
-                self._coordinator.leave_out(answers, "generate")
-            incidents = self._refit()
-            ending = ending_of(incidents)
-            detail = "; ".join(incidents)
-        except (RefitFailed, TransportError) as error:
-            ending, detail = "ended", str(error)
-        outcome = Outcome(fault, ending, time.monotonic() - started_s, detail, self._coordinator.states())
+        self.sampler.take_failures()  # of those who were replaced
+        mark = self._run_dir / f"struck-{len(self.outcomes) + 1}"
+        before = self.version
+        with self._struck_by(fault, mark):
+            if fault.phase == "prepare":
+                self._coordinator.reopen()
+            started_s = time.monotonic()
+            ending, detail = self._outcome_of(fault)
+            seconds = time.monotonic() - started_s
+        answers = self.sampler.look(self._coordinator, self._config.refit.timeout_s)
+        served = {who: (v, digest == expected_digest(v)) for who, (v, digest, _) in answers.results.items()}
+        outcome = Outcome(
+            fault,
+            mark.exists(),
+            ending,
+            seconds,
+            detail,
+            before,
+            self.version,
+            self._coordinator.states(),
+            served,
+            self.sampler.take_failures(),
+        )
         self.outcomes.append(outcome)
-        self._judge(outcome)
-        self._crew.disarm(self._coordinator.serving(), self._config.refit.timeout_s)
-        if ending == "ended":
+        self.wrong += [f"{fault}: {words}" for words in broken_by(outcome, self.limit_s)]
+        if ending == ENDED:
             self._coordinator.close()
             self._crew.hire_trainers()
             self._coordinator = self._new_job()
-        else:
-            trainers = {f"train rank {rank}": actor for rank, actor in enumerate(self._crew.trainers)}
-            self._crew.disarm(trainers, self._config.refit.timeout_s)
         return outcome
 
     def await_everybody(self) -> None:
@@ -154,15 +111,46 @@ class Campaign:
 
     def process_ids(self) -> dict[str, int]:
         """Of every party of the crew, by name."""
-        crew = self._crew
-        named = {f"train rank {rank}": actor for rank, actor in enumerate(crew.trainers)}
-        named |= {f"generator {number}": actor for number, actor in enumerate(crew.generators)}
-        calls = {who: actor.process_id.remote() for who, actor in named.items()}
-        return dict(gather(calls, "look", self._config.refit.timeout_s).results)
+        return collect(self._crew.process_ids(), "look", START_S)
 
     def close(self) -> None:
         self.sampler.close()
         self._coordinator.close()
+        self._record.close()
+        written = [json.loads(line) for line in (self._run_dir / REFITS_FILE).read_text().splitlines()]
+        found = [refit["version"] for refit in written if refit["committed"]]
+        wanted = [version for version in self._committed if version not in self._unwritten]
+        if found != wanted:
+            self.wrong.append(f"{REFITS_FILE} has versions {found}, committed and not lost are {wanted}")
+
+    def _outcome_of(self, fault: Fault) -> tuple[str, str]:
+        """The ending of one refit amid a fault, and what was said of it."""
+        try:
+            if fault.phase == "generate":
+                answers = self.sampler.look(self._coordinator, self._config.refit.timeout_s)
+                self._coordinator.leave_out(answers, "generate")
+            incidents = self._refit()
+        except (RefitFailed, TransportError) as error:
+            return ENDED, str(error)
+        return ending_of(incidents), "; ".join(incidents)
+
+    @contextlib.contextmanager
+    def _struck_by(self, fault: Fault, mark: Path) -> Iterator[None]:
+        """Inside, the fault waits for its phase. What is alive afterwards is disarmed."""
+        if fault.role != DRIVER:
+            self._crew.arm(fault, mark)
+            yield
+            if due(fault) != ENDED:
+                self._crew.disarm(self._config.refit.timeout_s)
+            return
+        self._crew.fill_disks()
+        num_lost, kept = len(self._unwritten), self._run_dir / f"{REFITS_FILE}.kept"
+        refits = (self._run_dir / REFITS_FILE).rename(kept).parent / REFITS_FILE
+        refits.symlink_to(FULL_DISK)
+        yield
+        kept.replace(refits)
+        if len(self._unwritten) > num_lost:
+            mark.touch()
 
     def _new_job(self) -> Coordinator:
         self.num_jobs += 1
@@ -174,47 +162,13 @@ class Campaign:
     def _refit(self) -> tuple[str, ...]:
         self.version += 1
         record = self._coordinator.refit(self.version)
+        try:
+            self._record.add_refit(record, self._coordinator.plan_record)
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+            self._unwritten.append(self.version)
         if not record.committed:
             raise RefitFailed(Failure("refit", "coordinator", record.reason))
+        self._committed.append(self.version)
         return record.incidents
-
-    def _judge(self, outcome: Outcome) -> None:
-        """Note whatever breaks an invariant. `wrong` must stay empty."""
-        answers = self.sampler.look(self._coordinator, self._config.refit.timeout_s)
-        if outcome.ending != "ended":
-            behind = {who: one[0] for who, one in answers.results.items() if one[0] != self.version}
-            if behind or not answers.results:
-                self.wrong.append(
-                    f"{outcome.fault}: version {self.version} was committed, but {behind} serve"
-                )
-        elif outcome.fault.role != "trainer":
-            self.wrong.append(f"{outcome.fault}: no trainer was lost, but it ended: {outcome.detail}")
-        if outcome.seconds > self.limit_s:
-            self.wrong.append(f"{outcome.fault}: took {outcome.seconds:.1f} s of {self.limit_s:.1f} s")
-
-
-def ending_of(incidents: Sequence[str]) -> str:
-    if any(incident.startswith("left out") for incident in incidents):
-        return "committed without it"
-    return "committed after a repeat" if incidents else "committed"
-
-
-def table_of(outcomes: Sequence[Outcome]) -> list[tuple[str, str, int, str, str]]:
-    """Rows of (role, kind, faults, endings, longest seconds)."""
-    groups: dict[tuple[str, str], list[Outcome]] = collections.defaultdict(list)
-    for outcome in outcomes:
-        groups[outcome.fault.role, outcome.fault.kind].append(outcome)
-    return [
-        (
-            role,
-            kind,
-            len(found),
-            ", ".join(f"{number} {ending}" for ending, number in _count(found)),
-            f"{max(outcome.seconds for outcome in found):.1f}",
-        )
-        for (role, kind), found in sorted(groups.items())
-    ]
-
-
-def _count(outcomes: Sequence[Outcome]) -> list[tuple[str, int]]:
-    return collections.Counter(outcome.ending for outcome in outcomes).most_common()

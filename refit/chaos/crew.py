@@ -5,13 +5,13 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-from collections.abc import Mapping
+from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
 import ray
 
-from refit.chaos.faults import Fault
+from refit.chaos.faults import TRAINER, Fault
 from refit.chaos.parties import PlainReplica, PlainTrainer
 from refit.service.roster import Replacement
 from refit.service.waiting import collect, gather
@@ -40,21 +40,31 @@ class Crew:
             self._actor(PlainTrainer, 1, rank, self._num_trainers, str(self._logs / f"train-{rank}.log"))
             for rank in range(self._num_trainers)
         ]
-        everybody = [*self.trainers, *self.generators]
-        calls = {str(number): actor.process_id.remote() for number, actor in enumerate(everybody)}
-        found = collect(calls, "start", START_S).values()
-        self._pids |= dict(zip((actor._actor_id for actor in everybody), found, strict=True))
+        collect(self.process_ids(), "start", START_S)
 
-    def arm(self, fault: Fault) -> None:
-        """Set a fault in the process that it is for."""
-        actors = self.trainers if fault.role == "trainer" else self.generators
-        call = actors[fault.number].arm.remote(fault.role, fault.number, fault.phase, fault.kind, fault.count)
+    def process_ids(self) -> dict[str, Any]:
+        """{name: reference of the process id} of everybody, as asked at the birth of each."""
+        named = {f"train rank {rank}": actor for rank, actor in enumerate(self.trainers)}
+        named |= {f"generator {number}": actor for number, actor in enumerate(self.generators)}
+        return {who: self._pids[actor._actor_id] for who, actor in named.items()}
+
+    def arm(self, fault: Fault, mark: Path) -> None:
+        """Set a fault in the process that it is for; it leaves a file at `mark` when it strikes."""
+        actors = self.trainers if fault.role == TRAINER else self.generators
+        call = actors[fault.number].arm.remote(*astuple(fault), str(mark))
         collect({str(fault): call}, "arm", START_S)
 
-    def disarm(self, actors: Mapping[str, Any], timeout_s: float) -> None:
-        """Take back whatever has not struck in these."""
-        calls = {who: actor.arm.remote("", 0, "", "", 1) for who, actor in actors.items()}
+    def disarm(self, timeout_s: float) -> None:
+        """Take back whatever has not struck. Those that are gone or stuck do not answer, which is no trouble here."""
+        everybody = [*self.trainers, *self.generators]
+        calls = {str(n): actor.arm.remote("", 0, "", "", 1, "") for n, actor in enumerate(everybody)}
         gather(calls, "disarm", timeout_s)
+
+    def fill_disks(self) -> None:
+        """The log of every process is on a full disk from now on."""
+        everybody = [*self.trainers, *self.generators]
+        calls = {str(number): actor.fill_disk.remote() for number, actor in enumerate(everybody)}
+        collect(calls, "fill disk", START_S)
 
     def end_generator(self, replica: int) -> None:
         self._end(self.generators[replica])
@@ -70,13 +80,15 @@ class Crew:
 
     def _actor(self, kind: type[Any], threads: int, *args: Any) -> Any:
         made = ray.remote(kind).options(num_cpus=0, max_restarts=0, max_concurrency=threads)
-        return made.remote(*args)
+        actor = made.remote(*args)
+        self._pids[actor._actor_id] = actor.process_id.remote()
+        return actor
 
     def _end(self, actor: Any) -> None:
         """By Ray, and by its id: a stopped process does not hear Ray."""
         with contextlib.suppress(Exception):  # it may be dead already, which is what is wanted
             ray.kill(actor)
-        pid = self._pids.pop(actor._actor_id, None)
-        if pid is not None:
+        answer = gather({"it": self._pids.pop(actor._actor_id)}, "end", 0.0).results
+        for pid in answer.values():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)

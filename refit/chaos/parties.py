@@ -15,10 +15,11 @@ from typing import Any
 import torch
 
 from refit.chaos import model
-from refit.chaos.faults import Fault, FaultyTransport, Striker
+from refit.chaos.faults import Fault, FaultyGroup, FaultyTransport, Striker, fill_disk
 from refit.service.actors import Actor
 from refit.transfer.endpoint import Endpoint
 from refit.transfer.errors import RefitFailed
+from refit.transfer.groups import Groups
 from refit.transfer.rendezvous import ControlStore
 
 
@@ -30,9 +31,13 @@ class Party(Actor):
         self._striker = Striker()
         self._endpoint: Endpoint | None = None
 
-    def arm(self, role: str, number: int, phase: str, kind: str, count: int) -> None:
-        """Set the fault of this process; kind "" disarms."""
-        self._striker.arm(Fault(role, number, phase, kind, count) if kind else None)
+    def arm(self, role: str, number: int, phase: str, kind: str, count: int, mark: str) -> None:
+        """Set the fault of this process, which leaves a file at `mark` when it strikes; kind "" disarms."""
+        self._striker.arm(Fault(role, number, phase, kind, count) if kind else None, mark)
+
+    def fill_disk(self) -> None:
+        """The disk of this process's log is full from now on."""
+        fill_disk()
 
     def _open(self, store: str, run_id: str, manifest: Any, timeout_s: float) -> Endpoint:
         self._leave()
@@ -40,10 +45,12 @@ class Party(Actor):
         self._control = ControlStore.join(address, int(port), run_id)
         self._striker.reach("prepare")
         endpoint = Endpoint.prepare(self._control, manifest, timeout_s)
-        stages = endpoint._groups.stages
-        for number, group in stages.items():
-            faulty = replace(group, transport=FaultyTransport(group.transport, self._striker))
-            stages[number] = faulty  # type: ignore[index]  # a dict by construction
+        stages = {
+            number: replace(group, transport=FaultyTransport(group.transport, self._striker))
+            for number, group in endpoint._groups.stages.items()
+        }
+        misc = endpoint._groups.misc
+        endpoint._groups = Groups(stages, None if misc is None else FaultyGroup.around(misc, self._striker))
         self._endpoint = endpoint
         return endpoint
 
@@ -130,6 +137,9 @@ class PlainReplica(Party):
                     self._commit(version, staging)
             self._striker.reach("served")
             return self._version, 0.0
+
+    def weight_version(self) -> int:
+        return self._version
 
     def condition(self) -> str:
         return self._broken

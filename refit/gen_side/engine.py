@@ -33,7 +33,7 @@ from refit.gen_side.trace import LoaderTrace, trace_loader
 from refit.plan import ConfigError, ParamSpec
 from refit.transfer.endpoint import Endpoint
 from refit.transfer.errors import RefitFailed
-from refit.transfer.protocol import FinishReport, finished_key
+from refit.transfer.protocol import FinishReport, audit_keys, finished_key
 from refit.transfer.rendezvous import ControlStore
 
 _log = logging.getLogger(__name__)
@@ -271,7 +271,7 @@ class RefitWeightTransferEngine(WeightTransferEngine[RefitInitInfo, RefitUpdateI
     def _audit(self, audit_id: str) -> None:
         session = self._require_session()
         report = audit(self.model, session.trace, self._committed)
-        session.control.put(f"audit/{audit_id}/{session.gen_rank}", report.message())
+        session.control.put(f"{audit_keys(audit_id)}{session.gen_rank}", report.message())
 
     def _decision(self, session: Session) -> tuple[bool, str]:
         """(commit, reason). Without a decision in time, or after any failure, the old version stays."""

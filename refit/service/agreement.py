@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from refit.plan import Manifest, Plan, PlanOptions, build_plan, decode_rank_manifest
+from refit.plan import Manifest, Plan, PlanOptions, build_plan, decode_rank_manifest, replan
 from refit.plan.errors import PlanError
 from refit.transfer.errors import TransportError
 from refit.transfer.protocol import (
@@ -63,8 +63,10 @@ class Mismatch:
         )
 
 
-def agree_on_plan(control: ControlStore, terms: Terms) -> Plan:
+def agree_on_plan(control: ControlStore, terms: Terms, before: Plan | None = None) -> Plan:
     """Collect all descriptions, plan, and have every rank confirm the digest before any collective is entered.
+
+    `before` is the plan for other generators: with the same trainers and options, what it knows is used again.
 
     Raises PlanError when descriptions contradict each other or a rank computes another plan, TransportError when a
     rank does not answer in time, RefitFailed when one failed.
@@ -72,7 +74,10 @@ def agree_on_plan(control: ControlStore, terms: Terms) -> Plan:
     deadline = Deadline(terms.timeout_s)
     train = _collect_manifest(control, "train", terms.num_train, deadline)
     gen = _collect_manifest(control, "gen", terms.num_gen, deadline)
-    plan = build_plan(train, gen, terms.options)
+    if before is not None and (before.train.manifest, before.options) == (train, terms.options):
+        plan = replan(before, gen)
+    else:
+        plan = build_plan(train, gen, terms.options)
     inputs = Inputs(
         train,
         gen,

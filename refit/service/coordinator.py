@@ -32,7 +32,7 @@ from refit.service.roster import Roster, Supply, TrainerLost
 from refit.service.rounds import Joint, prepare_calls, settle_s, terms_of, together
 from refit.service.waiting import Answers, gather
 from refit.transfer.errors import Failure, RefitFailed, TransportError
-from refit.transfer.protocol import decision_key
+from refit.transfer.protocol import attempt_keys, audit_keys, decision_key
 from refit.transfer.rendezvous import ControlStore
 
 BUILD_TIMEOUT_S = 600.0  # longest wait for a replacement when no generator is left
@@ -100,6 +100,7 @@ class Coordinator:
         self._session: Session | None = None
         self._stale = True
         self._num_sessions = 0
+        self._forgettable: list[ControlStore] = []
         self._attempt = 0
         self._num_audits = 0
         self._blamed: tuple[int, ...] = ()
@@ -114,13 +115,15 @@ class Coordinator:
     ) -> Coordinator:
         """Both sides describe, one plan is agreed, groups open. `supply` ends and replaces lost generators.
 
-        Generators that die on the way are left out. Raises PlanError for contradicting descriptions, RefitFailed or
+        Generators that die on the way are left out; those that an earlier job has refitted keep their version, and
+        refits go on above the largest. Raises PlanError for contradicting descriptions, RefitFailed or
         TransportError with the cause when a rank fails or does not answer within `refit.timeout_s`, and then nothing
         is left open.
         """
         host = ControlStore.host(_control_address(config), config.cluster.port, run_id=secrets.token_hex(8))
         coordinator = cls(config, host, trainers, generators, supply)
         try:
+            coordinator._roster.ask_versions(config.refit.timeout_s)
             coordinator._repeat(coordinator._prepared)
         except BaseException:
             host.close()
@@ -136,6 +139,11 @@ class Coordinator:
     def plan_record(self) -> PlanRecord:
         """The same plan, summed up by link."""
         return self._require_session().plan_record
+
+    @property
+    def version(self) -> int:
+        """The newest version that any replica has served; the next refit must be to a larger one."""
+        return self._roster.fleet.version
 
     def serving(self) -> dict[str, Any]:
         """{name: actor} of every replica that serves the newest version; the only ones to be asked to generate."""
@@ -166,6 +174,9 @@ class Coordinator:
         loss is repeated `refit.retries` times. Replaced generators that are ready join here. Raises RefitFailed or
         TransportError when a trainer is lost, no generator is left, or the rounds are used up.
         """
+        if version <= self.version:
+            reason = f"versions only grow: {self.version} was served, so a refit to {version} is refused"
+            raise RefitFailed(Failure("refit", "coordinator", reason))
         record = self._refit(version)
         return replace(record, replicas=self.states(), incidents=self._roster.take_incidents())
 
@@ -197,6 +208,7 @@ class Coordinator:
             gen_rank: self._audit_of(session, audit, gen_rank)
             for gen_rank in session.gen_ranks(self._roster.fleet.serving)
         }
+        session.control.forget(audit_keys(audit))
         mismatches: list[Mismatch] = []
         for gen_rank, found in audited.items():
             sent = sent_digests(trainers, session.plan.num_train + gen_rank)
@@ -223,7 +235,7 @@ class Coordinator:
         return self._session
 
     def _audit_of(self, session: Session, audit: str, gen_rank: int) -> Any:
-        return session.control.get(f"audit/{audit}/{gen_rank}", self._timeout_s)
+        return session.control.get(f"{audit_keys(audit)}{gen_rank}", self._timeout_s)
 
     def _repeat[T](self, attempt: Callable[[], T]) -> T:
         """Until it succeeds: each failure must have cost a generator, which is then left out, or uses up a retry."""
@@ -270,15 +282,21 @@ class Coordinator:
         if not members:
             raise RefitFailed(Failure("prepare", "coordinator", f"no generator is left: {self.states()}"))
         control = self._host.under(f"{self._host.run_id}-{self._num_sessions}")
+        self._forgettable.append(control)
         calls = prepare_calls(self._config, control, self._trainers, self._roster.named(members))
         terms = terms_of(self._config, len(members))
-        joint = together(control, calls, "prepare", lambda: agree_on_plan(control, terms), self._timeout_s)
+        before = None if self._session is None else self._session.plan
+        joint = together(
+            control, calls, "prepare", lambda: agree_on_plan(control, terms, before), self._timeout_s
+        )
         if joint.cause is not None:
             self._give_up(joint, "prepare")
         assert joint.result is not None, "without a cause there is a plan"
         size = self._config.generation.workers_per_replica
         self._session = Session(control, joint.result, record_plan(joint.result), tuple(members), size)
         self._stale = False
+        while self._forgettable[1:]:
+            self._forgettable.pop(0).forget()  # all who are left have left it
         return self._session
 
     def _give_up(self, joint: Joint[Any], phase: str) -> NoReturn:
@@ -315,6 +333,7 @@ class Coordinator:
             "halt": halt_s,
         }
         finished = finished_reports(session.control, session.plan, attempt)
+        session.control.forget(attempt_keys(attempt))
         seen = Round(
             version, attempt, decided.reports, finished, decided.num_differing, decided.reason, driver
         )

@@ -46,6 +46,11 @@ class Fleet:
         self._states = dict.fromkeys(self._actors, ReplicaState(SERVING, 0))
         self.version = 0
 
+    def found(self, replica: int, version: int) -> None:
+        """`replica` says that it serves `version` already, from an earlier job."""
+        self._states[replica] = ReplicaState(SERVING, version)
+        self.version = max(self.version, version)
+
     @property
     def members(self) -> dict[int, Any]:
         """{replica: actor} of all that have not failed, in replica order."""

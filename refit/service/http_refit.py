@@ -12,6 +12,7 @@ import secrets
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
@@ -27,12 +28,47 @@ from refit.service.agreement import (
 from refit.service.http_engine import HttpEngine
 from refit.service.refit_record import RefitRecord, Round, record_plan, record_round
 from refit.transfer.endpoint import Endpoint
-from refit.transfer.errors import RefitFailed
-from refit.transfer.protocol import P2P, decision_key
+from refit.transfer.errors import RefitFailed, TransportError
+from refit.transfer.protocol import P2P, attempt_keys, decision_key
 from refit.transfer.rendezvous import ControlStore
 from refit.transfer.source import WeightSource, send_version
 
+SESSION = "session"
+POLL_S = 0.05
+
 type Drain = Literal["wait", "abort"]
+
+
+@dataclass(frozen=True, slots=True)
+class Session:
+    """One prepare and its refits, up to a failure: keys of their own, under the number that the run's store names."""
+
+    number: int
+    control: ControlStore
+
+    @classmethod
+    def after(cls, run: ControlStore, number: int) -> Session:
+        return cls(number + 1, run.under(f"{run.run_id}-{number + 1}"))
+
+    @classmethod
+    def awaited(cls, run: ControlStore, number: int, timeout_s: float) -> Session:
+        """The one that is open, once it is newer than `number` and has not failed. Raises TransportError in the end."""
+        deadline_s = time.monotonic() + timeout_s
+        while True:
+            announced = run.peek(SESSION)
+            if isinstance(announced, int) and announced > number:
+                session = cls.after(run, announced - 1)
+                if session.control.failure() is None:
+                    return session
+            if time.monotonic() >= deadline_s:
+                raise TransportError(
+                    f"no session after {number} of run {run.run_id!r} within {timeout_s:.0f} s (the last one announced "
+                    f"is {announced}); the coordinator opens one by prepare()"
+                )
+            time.sleep(POLL_S)
+
+    def announce(self, run: ControlStore) -> None:
+        run.put(SESSION, self.number)
 
 
 class HttpRefit:
@@ -54,6 +90,7 @@ class HttpRefit:
         self._pool = ThreadPoolExecutor(len(engines) + 1, thread_name_prefix="refit-http")
         self._plan: Plan | None = None
         self._attempt = 0
+        self._session = Session(0, control)
 
     @classmethod
     def open(
@@ -97,30 +134,39 @@ class HttpRefit:
     def prepare(self) -> Plan:
         """Both sides describe, one plan is agreed, groups open. Beside it every trainer rank is in `join_source`.
 
-        Raises PlanError, RefitFailed or TransportError with the cause.
+        Again after a failure, which ends a session: then beside the ranks' `rejoin`. Raises PlanError, RefitFailed or
+        TransportError with the cause.
         """
+        old, self._session = self._session, Session.after(self._control, self._session.number)
+        self._session.announce(self._control)
+        self._attempt = 0
         calls = []
         for replica, engine in enumerate(self._engines):
             info = {
                 "action": "prepare",
                 "store": self.store,
-                "run_id": self.run_id,
+                "run_id": self._session.control.run_id,
                 "first_gen_rank": sum(self._workers[:replica]),
                 "replica": replica,
                 "timeout_s": self._terms.timeout_s,
             }
             calls.append(self._start("prepare", replica, partial(engine.prepare, info)))
-        self._plan = self._led("prepare", lambda: agree_on_plan(self._control, self._terms))
+        control, before = self._session.control, self._plan
+        self._plan = self._led("prepare", lambda: agree_on_plan(control, self._terms, before))
         _ended(calls)
+        if old.number:
+            old.control.forget()  # everybody has left it
         return self._plan
 
     def refit(self, version: int) -> RefitRecord:
         """Bring `version` to all servers. Beside it every trainer rank is in `send`, with the same version.
 
         Digests that differ discard the version on all servers; the record then says so. Raises RefitFailed with the
-        cause when a rank or server failed; the old version serves then.
+        cause when a rank or server failed, or a server has this version or a newer one already; the old version serves
+        then, and `prepare` opens the next session.
         """
         self._attempt += 1
+        self._led("refit", lambda: self._require_newer(version))
         attempt, started_s = self._attempt, time.monotonic()
         staging = [
             self._start("stage", replica, partial(engine.stage, version, attempt))
@@ -129,7 +175,9 @@ class HttpRefit:
         try:
             reports = self._led(
                 "refit",
-                lambda: collect_reports(self._control, self.plan, attempt, version, self._terms.timeout_s),
+                lambda: collect_reports(
+                    self._session.control, self.plan, attempt, version, self._terms.timeout_s
+                ),
             )
             _ended(staging)
         except Exception:
@@ -150,11 +198,12 @@ class HttpRefit:
             "verify": decided_s - staged_s,
             "commit": time.monotonic() - decided_s - paused_s,
         }
-        finished = finished_reports(self._control, self.plan, attempt)
+        finished = finished_reports(self._session.control, self.plan, attempt)
+        self._session.control.forget(attempt_keys(attempt))
         if not mismatches and len(finished) != self._terms.num_gen:
             missing = sorted(set(range(self._terms.num_gen)) - set(finished))
             words = f"version {version} was to be committed, but gen ranks {missing} did not; restart their servers"
-            raise RefitFailed(self._control.fail("commit", "coordinator", words))
+            raise RefitFailed(self._session.control.fail("commit", "coordinator", words))
         seen = Round(version, attempt, reports, finished, len(mismatches), reason, driver)
         return record_round(record_plan(self.plan), seen)
 
@@ -163,6 +212,14 @@ class HttpRefit:
         self._pool.shutdown(wait=True)
         self._control.close()
 
+    def _require_newer(self, version: int) -> None:
+        """Versions only grow. A stamp that is no number is none of ours."""
+        stamps = {replica: engine.weight_version() for replica, engine in enumerate(self._engines)}
+        for replica, stamp in stamps.items():
+            if stamp.isdigit() and int(stamp) >= version:
+                words = f"versions only grow: server {replica} serves {stamp}, so it cannot go to {version}"
+                raise RefitFailed(self._session.control.fail("refit", "coordinator", words))
+
     def _start(self, phase: str, replica: int, call: Callable[[], None]) -> Future[None]:
         """Make a call to a server on a thread; its failure is told to everybody, which ends all waits."""
 
@@ -170,7 +227,9 @@ class HttpRefit:
             try:
                 call()
             except Exception as error:
-                raise RefitFailed(self._control.fail(phase, f"server {replica}", str(error))) from error
+                raise RefitFailed(
+                    self._session.control.fail(phase, f"server {replica}", str(error))
+                ) from error
 
         return self._pool.submit(told)
 
@@ -180,7 +239,7 @@ class HttpRefit:
         except RefitFailed:
             raise
         except Exception as error:
-            self._control.fail(phase, "coordinator", str(error))
+            self._session.control.fail(phase, "coordinator", str(error))
             raise
 
     def _carry_out(self, version: int | None, attempt: int, reason: str) -> float:
@@ -190,21 +249,23 @@ class HttpRefit:
         """
         decision = {"commit": version is not None, "reason": reason}
         if version is None:
-            self._control.put(decision_key(attempt), decision)
+            self._session.control.put(decision_key(attempt), decision)
             self._finish(None)
             return 0.0
         started_s = time.monotonic()
         try:
             _ended([self._pool.submit(engine.pause, self._pause) for engine in self._engines])
         except Exception as error:
-            self._control.put(decision_key(attempt), {"commit": False, "reason": f"no pause: {error}"})
+            self._session.control.put(
+                decision_key(attempt), {"commit": False, "reason": f"no pause: {error}"}
+            )
             with contextlib.suppress(RuntimeError):  # the pause is the cause, not what undoing it costs
                 self._finish(None)
             with contextlib.suppress(RuntimeError):
                 _ended([self._pool.submit(engine.resume) for engine in self._engines])
             raise
         paused_s = time.monotonic() - started_s
-        self._control.put(decision_key(attempt), decision)
+        self._session.control.put(decision_key(attempt), decision)
         finishing = [self._pool.submit(engine.finish, version) for engine in self._engines]
         wait(finishing)
         _ended(finishing + [self._pool.submit(_serve_on, engine) for engine in self._whole(attempt)])
@@ -212,7 +273,7 @@ class HttpRefit:
 
     def _whole(self, attempt: int) -> list[HttpEngine]:
         """The servers all of whose workers have committed; any other stays paused, so that it serves nothing torn."""
-        finished = finished_reports(self._control, self.plan, attempt).keys()
+        finished = finished_reports(self._session.control, self.plan, attempt).keys()
         starts = [sum(self._workers[:replica]) for replica in range(len(self._engines))]
         ranks = [range(start, start + size) for start, size in zip(starts, self._workers, strict=True)]
         return [engine for engine, mine in zip(self._engines, ranks, strict=True) if finished >= set(mine)]
@@ -225,19 +286,35 @@ class HttpRefit:
 class JoinedSource:
     """One trainer rank of a prepared refit."""
 
-    def __init__(self, control: ControlStore, endpoint: Endpoint, source: WeightSource) -> None:
+    def __init__(
+        self,
+        control: ControlStore,
+        session: Session,
+        endpoint: Endpoint,
+        source: WeightSource,
+        timeout_s: float,
+    ) -> None:
         self._control = control
+        self._session = session
         self._endpoint = endpoint
         self._source = source
+        self._timeout_s = timeout_s
         self._attempt = 0
 
     def send(self, version: int) -> None:
         """This rank's share of a refit. All trainer ranks call it, beside the coordinator's `refit`.
 
-        Raises RefitFailed with the root cause, whoever failed.
+        Raises RefitFailed with the root cause, whoever failed; `rejoin` then.
         """
         self._attempt += 1
         send_version(self._endpoint, self._source, version, self._attempt)
+
+    def rejoin(self) -> None:
+        """Go on after a failure: in the next session, which the coordinator's `prepare` opens. Collective as before."""
+        self._endpoint.close()
+        self._session = Session.awaited(self._control, self._session.number, self._timeout_s)
+        self._endpoint = Endpoint.prepare(self._session.control, self._source.describe(), self._timeout_s)
+        self._attempt = 0
 
     def close(self) -> None:
         self._endpoint.close()
@@ -248,7 +325,9 @@ def join_source(source: WeightSource, store: str, run_id: str, timeout_s: float 
     """Describe this trainer rank, agree on the plan, open the groups. Collective over trainers and servers."""
     host, _, port = store.rpartition(":")
     control = ControlStore.join(host, int(port), run_id, timeout_s)
-    return JoinedSource(control, Endpoint.prepare(control, source.describe(), timeout_s), source)
+    session = Session.awaited(control, 0, timeout_s)
+    endpoint = Endpoint.prepare(session.control, source.describe(), timeout_s)
+    return JoinedSource(control, session, endpoint, source, timeout_s)
 
 
 def _serve_on(engine: HttpEngine) -> None:

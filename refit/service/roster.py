@@ -71,6 +71,20 @@ class Roster:
         self._supply.end_generator(replica)
         self._order(replica)
 
+    def ask_versions(self, timeout_s: float) -> None:
+        """Take in what each generator serves: one that another job has refitted is not at version 0.
+
+        Those that died or fell silent are left out. Raises RefitFailed when a living one cannot say it.
+        """
+        calls = {who: actor.weight_version.remote() for who, actor in self.named(self.fleet.members).items()}
+        answers = gather(calls, "prepare", timeout_s, settle_s=timeout_s)
+        lost = self.leave_out(answers, "prepare", timeout_s)
+        for who, failure in answers.failures.items():
+            if who not in lost:
+                raise RefitFailed(failure[1])
+        for replica in self.fleet.members:
+            self.fleet.found(replica, answers.results[name_of(replica)])
+
     def leave_out(self, answers: Answers, phase: str, probe_s: float) -> tuple[str, ...]:
         """Drop the generators that died, fell silent, or say that they can serve no more. Returns their names.
 

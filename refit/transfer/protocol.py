@@ -8,6 +8,10 @@ Prepare:  describe/<side>/<rank>   a RankManifest as its JSON text, from every r
 Refit:    refit/<attempt>/report/<rank>        RefitReport, from every rank
           refit/<attempt>/decision             {"commit": bool, "reason": str}, from the coordinator
           refit/<attempt>/finished/<gen_rank>  FinishReport, from every generator rank that committed
+Audit:    audit/<audit>/<gen_rank>             digests of live memory, from every generator rank
+
+The coordinator deletes the keys of an attempt and of an audit when it has read them, and those of a run id when another
+has taken its place: what a store holds does not grow with the number of refits.
 """
 
 from collections.abc import Mapping
@@ -38,16 +42,26 @@ def ready_key(rank: int) -> str:
     return f"ready/{rank}"
 
 
+def attempt_keys(attempt: int) -> str:
+    """What all keys of an attempt begin with."""
+    return f"refit/{attempt}/"
+
+
 def report_key(attempt: int, rank: int) -> str:
-    return f"refit/{attempt}/report/{rank}"
+    return f"{attempt_keys(attempt)}report/{rank}"
 
 
 def decision_key(attempt: int) -> str:
-    return f"refit/{attempt}/decision"
+    return f"{attempt_keys(attempt)}decision"
+
+
+def audit_keys(audit: str) -> str:
+    """What all keys of an audit begin with; the generator rank follows."""
+    return f"audit/{audit}/"
 
 
 def finished_key(attempt: int, gen_rank: int) -> str:
-    return f"refit/{attempt}/finished/{gen_rank}"
+    return f"{attempt_keys(attempt)}finished/{gen_rank}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -117,6 +117,14 @@ class ControlStore:
         value = self.peek(key)
         return self.get(key, timeout_s) if value is None else value
 
+    def forget(self, prefix: str = "") -> int:
+        """Delete every key of this run id that begins with `prefix`, which nobody will read any more; how many."""
+        start = f"refit/{self.run_id}/{prefix}"  # by full names: to torch 2.13 run "a-10" lies under the prefix "a-1"
+        keys = [key for key in self._call(self._tcp_store.list_keys) if key.startswith(start)]  # type: ignore[attr-defined]
+        for key in keys:
+            self._call(lambda key=key: self._tcp_store.delete_key(key))  # type: ignore[misc]
+        return len(keys)
+
     def fail(self, phase: str, who: str, message: str) -> Failure:
         """Report a failure to everybody. Returns the failure that stands: the first one, which may be another's."""
         text = json.dumps([phase, who, message])

@@ -6,6 +6,7 @@ import copy
 import re
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -133,6 +134,23 @@ def test_a_plan_is_agreed_when_all_ranks_confirm_it(control: ControlStore, plan:
         control.put(digest_key(rank), plan.digest)
         control.put(ready_key(rank), OK)
     assert agree_on_plan(control, terms(10.0)).digest == plan.digest
+
+
+def test_the_plan_after_a_loss_uses_what_the_plan_before_knows_and_is_equal_to_a_new_one(
+    control: ControlStore, plan: Plan
+) -> None:
+    both = Manifest("gen", (GEN.ranks[0], rank_manifest("gen", 1, 0, 4)))
+    before = build_plan(TRAIN, both, PlanOptions())
+    publish_descriptions(control)
+    for rank in range(3):
+        control.put(digest_key(rank), plan.digest)
+        control.put(ready_key(rank), OK)
+    again = agree_on_plan(control, terms(10.0), before)
+    assert again.digest == plan.digest and again.gen.manifest == GEN
+    assert again.train is before.train and again.matcher is before.matcher
+    other = replace(terms(10.0), options=PlanOptions(bucket_bytes=8192))
+    with pytest.raises(PlanError, match="rank 0 computed plan"):
+        agree_on_plan(control, other, before)  # other options: a new plan, which these ranks have not made
 
 
 def test_one_rank_with_another_plan_ends_it_before_any_collective(control: ControlStore, plan: Plan) -> None:

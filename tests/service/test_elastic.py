@@ -10,6 +10,7 @@ from refit.chaos.__main__ import a_ray, main
 from refit.chaos.campaign import Campaign, config_of
 from refit.chaos.crew import Crew
 from refit.chaos.faults import Fault
+from refit.transfer.errors import RefitFailed
 
 pytestmark = [pytest.mark.ray, pytest.mark.processes]
 TIMEOUT_S = 4.0
@@ -19,7 +20,8 @@ TIMEOUT_S = 4.0
 def campaign(tmp_path_factory):
     config = config_of(3, TIMEOUT_S)
     with a_ray(config):
-        opened = Campaign(Crew(2, 3, tmp_path_factory.mktemp("logs")), config)
+        folder = tmp_path_factory.mktemp("campaign")
+        opened = Campaign(Crew(2, 3, folder / "logs"), config, folder)
         yield opened
         opened.close()
         assert opened.sampler.torn == []
@@ -38,14 +40,16 @@ def campaign(tmp_path_factory):
         ("generator", 1, "round", "corrupt", "committed after a repeat"),
         ("trainer", 1, "round", "corrupt", "committed after a repeat"),
         ("generator", 0, "report", "raise", "committed after a repeat"),
+        ("trainer", 0, "broadcast", "corrupt", "committed after a repeat"),
+        ("trainer", 1, "report", "raise", "committed after a repeat"),
         ("generator", 1, "begin", "disk", "committed"),
+        ("driver", 0, "record", "disk", "committed"),
     ],
 )
 def test_a_fault_costs_at_most_the_replica_it_struck(campaign, role, number, phase, kind, ending):
-    outcome = campaign.strike(Fault(role, number, phase, kind, 2))
-    assert outcome.ending == ending, outcome
-    others = [state for who, state in outcome.states.items() if who != f"generator {number}"]
-    assert set(others) == {f"serving({campaign.version})"} or role == "trainer"
+    outcome = campaign.strike(Fault(role, number, phase, kind, 2 if phase == "round" else 1))
+    assert outcome.struck and outcome.ending == ending, outcome
+    assert campaign.wrong == []
 
 
 def test_a_replacement_joins_at_the_next_version_and_the_others_keep_their_processes(campaign):
@@ -63,6 +67,44 @@ def test_a_replacement_joins_at_the_next_version_and_the_others_keep_their_proce
     }
 
 
+def test_the_control_store_holds_as_much_after_fifty_refits_as_after_one(campaign):
+    campaign.await_everybody()
+    coordinator = campaign._coordinator
+    held = []
+    for number in range(50):
+        if number % 10 == 0:
+            coordinator.reopen()  # new keys, as after a loss
+        campaign._refit()
+        held.append(coordinator._host._tcp_store.num_keys())
+    assert max(held) <= held[0], held
+
+
+def test_a_new_job_over_used_replicas_goes_on_above_what_they_serve(campaign):
+    campaign.await_everybody()
+    served = campaign.version
+    campaign._coordinator.close()
+    campaign._coordinator = coordinator = campaign._new_job()
+    assert coordinator.version == served
+    assert set(coordinator.states().values()) == {f"serving({served})"}
+    for version in (1, served):
+        with pytest.raises(RefitFailed, match=f"versions only grow: {served} was served"):
+            coordinator.refit(version)
+    campaign._refit()
+    assert set(coordinator.states().values()) == {f"serving({served + 1})"}
+
+
+def test_the_run_goes_on_with_one_replica_while_the_others_are_replaced(campaign):
+    campaign.await_everybody()
+    for number in (0, 2):
+        campaign._crew.arm(Fault("generator", number, "round", "kill"), campaign._run_dir / f"one-{number}")
+    incidents = campaign._refit()
+    states = campaign._coordinator.states()
+    assert states["generator 1"] == f"serving({campaign.version})", incidents
+    assert all(states[f"generator {number}"].startswith("failed") for number in (0, 2))
+    campaign.await_everybody()
+    assert set(campaign._coordinator.states().values()) == {f"serving({campaign.version})"}
+
+
 def test_a_lost_trainer_ends_the_job_and_is_named_while_the_replicas_serve_on(campaign):
     outcome = campaign.strike(Fault("trainer", 1, "round", "kill"))
     assert outcome.ending == "ended"
@@ -74,4 +116,4 @@ def test_a_lost_trainer_ends_the_job_and_is_named_while_the_replicas_serve_on(ca
 def test_a_hundred_random_faults_never_serve_a_torn_version(tmp_path, capsys):
     assert main(["--faults", "110", "--seed", "7", "--run-dir", str(tmp_path)]) == 0
     summary = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert summary["faults"] == 110 and summary["torn"] == summary["wrong"] == []
+    assert summary["faults"] == summary["struck"] == 110 and summary["torn"] == summary["wrong"] == []

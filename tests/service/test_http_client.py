@@ -32,11 +32,16 @@ class Receiver:
         self.params = {name: torch.zeros(shape) for name, shape in SHAPES.items()}
         self.version, self.stamps, self.calls = None, [], []
         self._spoil, self._fails, self._commits = spoil, fails, commits
+        self._endpoint = None
 
     def num_workers(self):
         return 1
 
+    def weight_version(self):
+        return "default" if self.version is None else str(self.version)
+
     def prepare(self, info):
+        self.close()
         host, _, port = info["store"].rpartition(":")
         self._gen_rank = info["first_gen_rank"]
         self._control = ControlStore.join(host, int(port), info["run_id"])
@@ -76,7 +81,8 @@ class Receiver:
             self._control.put(finished_key(self._attempt, self._gen_rank), finished.message())
 
     def close(self):
-        self._endpoint.close()
+        if self._endpoint is not None:
+            self._endpoint.close()
 
     def _manifest(self):
         return RankManifest(
@@ -116,6 +122,11 @@ class Rounds:
         with contextlib.suppress(RefitFailed):  # what the coordinator says is what counts
             self.source.send(version)
         return done.result(30.0)
+
+    def rejoin(self):
+        planned = self._beside.submit(self.refitter.prepare)
+        self.source.rejoin()
+        planned.result(20.0)
 
     def __enter__(self):
         return self
@@ -158,6 +169,51 @@ def test_a_server_that_fails_ends_the_round_for_all_and_is_named():
         assert time.monotonic() - started_s < 15.0
         assert [receiver.version for receiver in rounds.receivers] == [None, None]
         assert [receiver.stamps for receiver in rounds.receivers] == [[None], [None]]
+
+
+def test_after_a_failure_the_next_session_goes_on_with_the_same_run_and_servers():
+    with Rounds(Receiver(), Receiver()) as rounds:
+        assert rounds.refit(1).committed
+        rounds.receivers[1]._fails = "out of memory"
+        with pytest.raises(RefitFailed, match="server 1: out of memory"):
+            rounds.refit(2)
+        rounds.receivers[1]._fails = ""
+        with pytest.raises(RefitFailed, match="out of memory"):
+            rounds.refit(2)  # the failure ended this session for all
+        assert [receiver.version for receiver in rounds.receivers] == [1, 1]
+        rounds.rejoin()
+        for version in (2, 3):
+            assert rounds.refit(version).committed
+            for receiver in rounds.receivers:
+                assert receiver.version == version
+                assert all(torch.equal(receiver.params[name], rounds.tensors[name]) for name in SHAPES)
+
+
+def test_a_version_that_a_server_has_already_is_refused_by_both_sides_at_once():
+    with Rounds(Receiver(), Receiver()) as rounds:
+        assert rounds.refit(5).committed
+        for version in (5, 4):
+            started_s = time.monotonic()
+            with pytest.raises(
+                RefitFailed, match=f"versions only grow: server 0 serves 5, so it cannot go to {version}"
+            ):
+                rounds.refit(version)
+            assert time.monotonic() - started_s < 15.0
+            assert [receiver.version for receiver in rounds.receivers] == [5, 5]
+            rounds.rejoin()
+        assert rounds.refit(6).committed
+
+
+def test_the_keys_in_the_store_do_not_grow_with_the_refits():
+    with Rounds(Receiver()) as rounds:
+        count = rounds.refitter._control._tcp_store.num_keys
+        found = []
+        for version in range(1, 5):
+            assert rounds.refit(version).committed
+            found.append(count())
+        rounds.rejoin()
+        assert rounds.refit(9).committed
+        assert {*found, count()} == {found[0]}
 
 
 @pytest.mark.parametrize("step", ["params", "export"])

@@ -34,6 +34,22 @@ def test_values_larger_than_one_piece_survive(host):
     assert host.get("large", 1.0) == value
 
 
+def test_forgetting_deletes_what_begins_with_a_prefix_and_nothing_of_another_run_id(host):
+    other, longer = host.under(f"{host.run_id}-1"), host.under(f"{host.run_id}-10")
+    for store in (host, other, longer):
+        store.put("refit/1/report/0", os.urandom(PIECE_BYTES).hex())
+        store.put("refit/10/report/0", "x")
+        store.put("failed-not", "x")
+    assert other.forget("refit/1/") == 2, "a large value is two keys"
+    assert other.peek("refit/1/report/0") is None and other.peek("refit/10/report/0") == "x"
+    assert other.forget() == 2
+    assert other.peek("failed-not") is None
+    for store in (host, longer):
+        assert len(store.get("refit/1/report/0", 1.0)) == 2 * PIECE_BYTES
+        assert store.peek("refit/10/report/0") == store.peek("failed-not") == "x"
+    assert host._tcp_store.num_keys() == 8
+
+
 def test_a_get_waits_for_a_later_put(host):
     other = ControlStore.join("127.0.0.1", host.port, host.run_id)
     threading.Timer(0.3, lambda: other.put("late", 1)).start()

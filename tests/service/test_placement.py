@@ -1,0 +1,106 @@
+"""Real Ray nodes with labels: who runs where, that a replacement takes its old place, and what is said of no place."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import ray
+from ray.cluster_utils import Cluster as RayNodes
+
+from refit.run import load_config
+from refit.service import cluster as cluster_module
+from refit.service.cluster import Cluster
+from refit.service.waiting import collect
+from refit.transfer.errors import TransportError
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
+
+CALL_S = 120.0
+STORE_BYTES = 80 * 2**20
+EAST, WEST = {"zone": "east"}, {"zone": "west"}
+
+
+@pytest.fixture(scope="module")
+def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A cluster of two nodes, with a token of its own; trainers have room in the east only, engines in the west."""
+    token = tmp_path_factory.mktemp("ray") / "token"
+    token.write_text("0123456789abcdef" * 4)
+    token.chmod(0o600)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_AUTH_MODE", "token")
+        patch.setenv("RAY_AUTH_TOKEN_PATH", str(token))
+        nodes = RayNodes(initialize_head=False, shutdown_at_exit=False)
+        try:
+            for labels in (EAST, WEST):
+                nodes.add_node(
+                    num_cpus=4, labels=labels, object_store_memory=STORE_BYTES, include_dashboard=False
+                )
+            yield nodes.address
+        finally:
+            nodes.shutdown()
+
+
+def config_of(address: str, *overrides: str) -> Any:
+    places = [f"cluster.address={address}", "generation.replicas=2", "generation.tensor_parallel=1"]
+    return load_config("default", ["+policy.nccl_xfer_refit=true", *places, *overrides])
+
+
+def zones_of(actors: dict[str, Any]) -> dict[str, str]:
+    """{name: label of the node that the actor really runs on}."""
+
+    def node(_actor: Any) -> str:
+        return str(ray.get_runtime_context().get_node_id())
+
+    zone_of = {one["NodeID"]: one["Labels"]["zone"] for one in ray.nodes() if one["Alive"]}
+    calls = {who: actor.__ray_call__.remote(node) for who, actor in actors.items()}
+    return {who: zone_of[found] for who, found in collect(calls, "look", CALL_S).items()}
+
+
+LABELS = ("++cluster.policy_labels={zone:east}", "++cluster.generation_labels={zone:west}")
+
+
+def test_actors_run_on_the_nodes_with_their_labels_and_a_replacement_on_its_old_one(address, tmp_path):
+    config = config_of(address, *LABELS)
+    cluster = Cluster.open(config, tmp_path / "logs")
+    try:
+        wanted = {
+            "train rank 0": "east",
+            "train rank 1": "east",
+            "generator 0": "west",
+            "generator 1": "west",
+        }
+        assert zones_of(cluster.named_actors()) == wanted
+        before = collect({"pid": cluster.generators[1].process_id.remote()}, "look", CALL_S)["pid"]
+        cluster.end_generator(1)
+        replacement = cluster.restart_generator(1)
+        assert replacement is not None
+        assert zones_of(cluster.named_actors()) == wanted
+        after = collect({"pid": cluster.generators[1].process_id.remote()}, "look", CALL_S)["pid"]
+        assert after != before and replacement.actor is cluster.generators[1]
+        assert ray.available_resources().get("CPU", 0.0) == 8.0 - 4.0
+    finally:
+        cluster.close()
+    assert not ray.is_initialized()
+
+
+def test_spread_actors_are_on_both_nodes_and_packed_ones_on_one(address, tmp_path):
+    for strategy, num_zones in (("SPREAD", 2), ("STRICT_PACK", 1)):
+        cluster = Cluster.open(config_of(address, f"cluster.placement={strategy}"), tmp_path / strategy)
+        try:
+            assert len(set(zones_of(cluster.named_actors()).values())) == num_zones
+        finally:
+            cluster.close()
+
+
+def test_labels_that_no_node_has_are_named_in_time_and_nothing_stays_reserved(address, tmp_path, monkeypatch):
+    monkeypatch.setattr(cluster_module, "START_TIMEOUT_S", 5.0)
+    with pytest.raises(TransportError, match=r"no place by PACK .*'zone': 'north'.*cluster\.policy_labels"):
+        Cluster.open(config_of(address, "++cluster.policy_labels={zone:north}"), tmp_path / "none")
+    monkeypatch.undo()
+    cluster = Cluster.open(config_of(address, *LABELS), tmp_path / "again")
+    try:
+        assert len(zones_of(cluster.named_actors())) == 4
+    finally:
+        cluster.close()
