@@ -235,7 +235,11 @@ class Coordinator:
         return self._session
 
     def _audit_of(self, session: Session, audit: str, gen_rank: int) -> Any:
-        return session.control.get(f"{audit_keys(audit)}{gen_rank}", self._timeout_s)
+        """What a worker has put: its engine has answered since. A failure that the session saw before is no matter."""
+        found = session.control.peek(f"{audit_keys(audit)}{gen_rank}")
+        if found is None:
+            raise TransportError(f"gen rank {gen_rank} answered audit {audit} without its digests")
+        return found
 
     def _repeat[T](self, attempt: Callable[[], T]) -> T:
         """Until it succeeds: each failure must have cost a generator, which is then left out, or uses up a retry."""
