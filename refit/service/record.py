@@ -4,6 +4,7 @@ summary that ends standard output.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -115,26 +116,31 @@ class RunRecord:
         return cls(run_dir, SummaryWriter(str(run_dir / "tensorboard")), metrics)  # type: ignore[no-untyped-call]
 
     def add(self, record: StepRecord) -> None:
-        """Append one step to the file, on disk before this returns, and to TensorBoard."""
+        """Append one step to the file, on disk before this returns, and to TensorBoard. OSError if it is full."""
         self.steps.append(record)
-        with (self.run_dir / STEPS_FILE).open("a") as stream:
-            stream.write(json.dumps(dataclasses.asdict(record)) + "\n")
+        if self._metrics is not None:
+            self._metrics.add_step(record)
+        _append(self.run_dir / STEPS_FILE, dataclasses.asdict(record))
         for name, value in scalars(record).items():
             self._writer.add_scalar(name, value, record.step)
         self._writer.flush()
-        if self._metrics is not None:
-            self._metrics.add_step(record)
 
     def add_refit(self, refit: RefitRecord, plan: PlanRecord) -> None:
-        """Append one refit, committed or not, with its plan if that is a new one; on disk before this returns."""
+        """Append one refit, committed or not, with its plan if that is a new one; on disk before this returns.
+
+        Raises OSError on a full disk.
+        """
+        if self._metrics is not None:
+            self._metrics.add_refit(refit)
         plan_file = self.run_dir / PLANS_FOLDER / f"{plan.digest}.json"
         if not plan_file.exists():
             plan_file.parent.mkdir(exist_ok=True)
-            plan_file.write_text(json.dumps(dataclasses.asdict(plan)) + "\n")
-        with (self.run_dir / REFITS_FILE).open("a") as stream:
-            stream.write(json.dumps(dataclasses.asdict(refit)) + "\n")
-        if self._metrics is not None:
-            self._metrics.add_refit(refit)
+            try:
+                _append(plan_file, dataclasses.asdict(plan))
+            except OSError:
+                plan_file.unlink(missing_ok=True)  # an empty one would pass for written
+                raise
+        _append(self.run_dir / REFITS_FILE, dataclasses.asdict(refit))
 
     def finish(self, summary: Mapping[str, Any]) -> None:
         (self.run_dir / SUMMARY_FILE).write_text(json.dumps(summary, indent=2) + "\n")
@@ -142,6 +148,20 @@ class RunRecord:
 
     def close(self) -> None:
         self._writer.close()
+
+
+def _append(path: Path, document: Mapping[str, Any]) -> None:
+    """Append one line of JSON, or nothing: half a line, as a full disk leaves it, would spoil the next one too."""
+    left = (json.dumps(document) + "\n").encode()
+    with path.open("ab", buffering=0) as stream:
+        start = stream.tell()
+        try:
+            while left:
+                left = left[stream.write(left) :]
+        except OSError:
+            with contextlib.suppress(OSError):  # a device, or a disk that is gone, has nothing to take back
+                stream.truncate(start)
+            raise
 
 
 def scalars(record: StepRecord) -> dict[str, float]:

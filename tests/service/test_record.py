@@ -6,6 +6,7 @@ import dataclasses
 import io
 import json
 import random
+import resource
 import types
 
 import pytest
@@ -191,6 +192,29 @@ def test_whoever_serves_metrics_hears_of_every_step_and_refit(tmp_path):
     run.add_refit(lost, PlanRecord("d", 1, 1, 1, 0, 1, 0, 1.0, "", "", ()))
     run.close()
     assert heard == [step(1), lost]
+
+
+def test_a_disk_that_fills_up_amid_a_line_costs_that_line_and_no_other(tmp_path):
+    heard = []
+    run = RunRecord.open(tmp_path, types.SimpleNamespace(add_step=heard.append, add_refit=heard.append))
+    plan = PlanRecord("d", 1, 1, 1, 0, 1, 0, 1.0, "", "", ())
+    refits = [RefitRecord.failed(plan, version, "gone", 1.0) for version in (1, 2, 3)]
+    run.add_refit(refits[0], plan)
+    file = tmp_path / "refits.jsonl"
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (file.stat().st_size + 50, hard))  # a part of a line still fits
+    try:
+        with pytest.raises(OSError, match="too large"):
+            run.add_refit(refits[1], plan)
+        with pytest.raises(OSError, match="too large"):
+            run.add_refit(refits[1], dataclasses.replace(plan, digest="e" * 200, links=tuple(range(999))))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    run.add_refit(refits[2], plan)
+    run.close()
+    assert [json.loads(line)["version"] for line in file.read_text().splitlines()] == [1, 3]
+    assert [path.name for path in (tmp_path / "plans").iterdir()] == ["d.json"]
+    assert heard == [refits[0], refits[1], refits[1], refits[2]], "metrics need no disk"
 
 
 def test_a_wait_that_fails_does_not_say_done():
