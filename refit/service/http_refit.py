@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 from refit.plan import Plan, PlanOptions
 from refit.service.agreement import (
@@ -168,25 +168,7 @@ class HttpRefit:
         self._attempt += 1
         self._led("refit", lambda: self._require_newer(version))
         attempt, started_s = self._attempt, time.monotonic()
-        staging = [
-            self._start("stage", replica, partial(engine.stage, version, attempt))
-            for replica, engine in enumerate(self._engines)
-        ]
-        try:
-            reports = self._led(
-                "refit",
-                lambda: collect_reports(
-                    self._session.control, self.plan, attempt, version, self._terms.timeout_s
-                ),
-            )
-            _ended(staging)
-        except Exception:
-            wait(staging)  # the failure frees them; an update that is open would refuse the next one
-            with contextlib.suppress(
-                RuntimeError
-            ):  # what ended the round is the cause, not what ending it costs
-                self._finish(None)
-            raise
+        reports = self._staged(version, attempt)
         staged_s = time.monotonic()
         mismatches = mismatches_of(self.plan, reports)
         reason = describe_mismatches(mismatches)
@@ -211,6 +193,27 @@ class HttpRefit:
         """End the control store. The servers go on with the version that they have."""
         self._pool.shutdown(wait=True)
         self._control.close()
+
+    def _staged(self, version: int, attempt: int) -> dict[int, Any]:
+        """Let every server stage, and collect all reports. A failure ends the updates of all and is raised."""
+        control, timeout_s = self._session.control, self._terms.timeout_s
+        staging = [
+            self._start("stage", replica, partial(engine.stage, version, attempt))
+            for replica, engine in enumerate(self._engines)
+        ]
+        try:
+            reports = self._led(
+                "refit", lambda: collect_reports(control, self.plan, attempt, version, timeout_s)
+            )
+            _ended(staging)
+        except Exception:
+            wait(staging)  # the failure frees them; an update that is open would refuse the next one
+            with contextlib.suppress(
+                RuntimeError
+            ):  # the cause is what ended the round, not what ending it costs
+                self._finish(None)
+            raise
+        return reports
 
     def _require_newer(self, version: int) -> None:
         """Versions only grow. A stamp that is no number is none of ours."""
