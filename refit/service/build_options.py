@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from refit.service.config import JobConfig
-from refit.train_side.options import TrainOptions, TrainParallel
+from refit.train_side.options import LoraOptions, TrainOptions, TrainParallel
 
 MAX_SEQUENCES = 256  # an engine samples up to this many answers at once
 
@@ -29,6 +29,16 @@ def train_options(config: JobConfig) -> TrainOptions:
         precision=policy.precision,  # type: ignore[arg-type]  # the gate has checked it
         seed=policy.seed,
         num_microbatches=policy.num_microbatches,
+        lora=lora_options(config) if policy.lora_rank else None,
+    )
+
+
+def lora_options(config: JobConfig) -> LoraOptions:
+    return LoraOptions(
+        rank=config.policy.lora_rank,
+        alpha=config.policy.lora_alpha,
+        targets=config.policy.lora_targets,
+        engine_dtype="float32" if config.generation.precision == "fp32" else "bfloat16",
     )
 
 

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from refit.plan.errors import ConfigError
+from refit.train_side.options import LORA_TARGETS
 
 GOLDEN_VARIABLE = "NRL_XFERDTENSOR_GOLDEN"
 NUM_STREAMS_VARIABLE = "NRL_REFIT_NUM_STREAMS"
@@ -20,7 +21,11 @@ MAX_DEFAULT_STREAMS = 16
 
 @dataclass(frozen=True, slots=True)
 class PolicyConfig:
-    """The trainers. `nccl_xfer_refit` is absent from every YAML file, so that Hydra's `+` adds it."""
+    """The trainers. `nccl_xfer_refit` is absent from every YAML file, so that Hydra's `+` adds it.
+
+    With `lora_rank` above 0 the weights are frozen and adapters of that rank and of strength `lora_alpha / lora_rank`
+    learn, around the layers that `lora_targets` names in Megatron's words.
+    """
 
     model: str = "tiny-qwen3"
     tensor_parallel: int = 1
@@ -33,7 +38,13 @@ class PolicyConfig:
     kl_coef: float = 0.01
     num_microbatches: int = 2
     seed: int = 0
+    lora_rank: int = 0
+    lora_alpha: float = 16.0
+    lora_targets: tuple[str, ...] = LORA_TARGETS
     nccl_xfer_refit: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "lora_targets", tuple(self.lora_targets))  # OmegaConf gives a list
 
     @property
     def world_size(self) -> int:

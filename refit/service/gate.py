@@ -14,6 +14,7 @@ from typing import Any
 
 from refit.plan.errors import ConfigError
 from refit.service.config import JobConfig
+from refit.service.gate_lora import lora
 from refit.service.gate_model import read_facts
 from refit.service.gate_precision import precisions
 from refit.service.gate_rules import RULES, Case, Environment, sizes
@@ -28,7 +29,9 @@ def check(config: JobConfig, model_config: Mapping[str, Any] | None, environment
     `model_config` is what `read_model_config` found; None stands for a folder without a readable config.
     """
     case = Case(config, None if model_config is None else read_facts(model_config), environment)
-    found = list(sizes(case)) or [violation for rule in (*RULES, precisions) for violation in rule(case)]
+    found = list(sizes(case)) or [
+        violation for rule in (*RULES, precisions, lora) for violation in rule(case)
+    ]
     if found:
         lines = "".join(f"\n  - {violation}" for violation in found)
         word = "setting" if len(found) == 1 else "settings"

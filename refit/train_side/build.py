@@ -12,8 +12,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from refit.train_side import cpu_compat, gtp
-from refit.train_side.options import TrainOptions, TrainParallel
+from refit.train_side import cpu_compat, gtp, lora
+from refit.train_side.options import LoraOptions, TrainOptions, TrainParallel
 from refit.train_side.provider import configure, none_if_one
 
 
@@ -92,12 +92,17 @@ def build_model(
 ) -> BuiltModel:
     """Build this rank's chunks in `options.precision` and load their share of the HF weights. Collective.
 
-    `trainable` wraps them in Megatron's DistributedDataParallel (float32 gradients); else they are frozen.
+    `trainable` wraps them in Megatron's DistributedDataParallel (float32 gradients); else they are frozen. With
+    `options.lora` what is trainable are adapters. Raises ValueError if their rank does not divide.
     """
+    if options.lora is not None:
+        _require_lora_fits(options.lora, parallel)
     bridge_package = cpu_compat.import_bridge()
     bridge = bridge_package.AutoBridge.from_hf_pretrained(str(model_dir))
     provider = bridge.to_megatron_provider(load_weights=True)
     configure(provider, parallel, options)
+    if options.lora is not None:
+        provider.register_pre_wrap_hook(lora.wrapping(options.lora, options.seed))
     with cpu_compat.cpu_megatron(), gtp.sharded_after_loading(provider):
         chunks = provider.provide_distributed_model(
             ddp_config=_ddp_config(),
@@ -110,6 +115,19 @@ def build_model(
         for chunk in chunks:
             chunk.requires_grad_(False).eval()
     return BuiltModel(bridge, chunks, provider.vocab_size)
+
+
+def _require_lora_fits(options: LoraOptions, parallel: TrainParallel) -> None:
+    if parallel.gtp * parallel.expert_gtp > 1:
+        raise ValueError(
+            f"LoRA does not work with gtp {parallel.gtp}, expert_gtp {parallel.expert_gtp}: use 1"
+        )
+    for axis, size in (("tensor", parallel.tensor), ("expert_tensor", parallel.expert_tensor)):
+        if options.rank % size:
+            raise ValueError(
+                f"LoRA rank {options.rank} does not divide by {axis} {size}, over which adapters are cut: "
+                f"use a multiple of {size}"
+            )
 
 
 def _ddp_config() -> Any:

@@ -2,36 +2,56 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from collections.abc import Collection, Iterator
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
 from refit.train_side import cpu_compat
 from refit.train_side.build import BuiltModel
 from refit.train_side.gtp import WholeWeights
-from refit.train_side.lowering import LoweredModel
+from refit.train_side.lora_fold import Fold
+from refit.train_side.lowering import LoweredModel, param_name
 
 
 def export(
-    model: BuiltModel, lowered: LoweredModel, names: Collection[str] | None
+    model: BuiltModel,
+    lowered: LoweredModel,
+    names: Collection[str] | None,
+    fold: Fold | None = None,
 ) -> Iterator[tuple[str, Tensor]]:
-    """See PolicyTrainer.export. Only the conversion tasks that make a named tensor run."""
+    """See PolicyTrainer.export. Only the conversion tasks that make a named tensor run.
+
+    With `fold` weights that have adapters are exported folded.
+    """
     wanted = None if names is None else set(names)
     unknown = set() if wanted is None else wanted - set(lowered.hf_shapes)
     if unknown:
         raise KeyError(f"the model has no HF tensors {sorted(unknown)}")
-    tasks = WholeWeights(lowered.tasks_for(wanted))
-    stream = model.bridge.export_hf_weights(model.chunks, show_progress=False, conversion_tasks=tasks)
+    tasks = lowered.tasks_for(wanted)
+    if fold is not None:
+        tasks = _folded(tasks, fold)
+    stream = model.bridge.export_hf_weights(
+        model.chunks, show_progress=False, conversion_tasks=WholeWeights(tasks), merge_adapter_weights=False
+    )
     yield from _clipped(cpu_compat.stepwise(iter(stream)), lowered, wanted)
+
+
+def _folded(tasks: list[Any], fold: Fold) -> list[Any]:
+    own = {param_name(task): task.param_weight for task in tasks if task.param_weight is not None}
+    own |= fold.weights(own)
+    return [dataclasses.replace(task, param_weight=own.get(param_name(task))) for task in tasks]
 
 
 def _clipped(
     stream: Iterator[tuple[str, Tensor]], lowered: LoweredModel, wanted: set[str] | None
 ) -> Iterator[tuple[str, Tensor]]:
     """Bridge emits the padded vocabulary; the HF tensor ends at its own last row."""
-    for name, weight in stream:
+    for emitted, weight in stream:
+        name = emitted.replace(".base_layer.", ".")  # Bridge's word for a weight with an adapter
         if name not in lowered.hf_shapes:
             continue  # a buffer that Bridge copies from the checkpoint; no parameter makes it
         shape = lowered.hf_shapes[name]

@@ -62,6 +62,7 @@ def hybrid_spec(config: Any) -> Any:
 def without_transformer_engine() -> Iterator[None]:
     """Puts local parts where Bridge and Megatron name Transformer Engine's, whatever the spec says."""
     from megatron.bridge.models import gpt_provider
+    from megatron.bridge.peft import utils as peft_utils
     from megatron.core.models.hybrid import hybrid_block
     from megatron.core.post_training.modelopt.hybrid import model_specs
     from megatron.core.transformer.moe import moe_layer
@@ -70,6 +71,9 @@ def without_transformer_engine() -> Iterator[None]:
     with (
         mock.patch.multiple(moe_layer, HAVE_TE=True, TELinear=_duplicated_linear()),
         mock.patch.object(gpt_provider, "mtp_block_spec", mtp_spec),
+        mock.patch.object(
+            peft_utils, "HAVE_TE", False
+        ),  # some of its classes are None there, which it takes for one
         mock.patch.object(hybrid_block, "TENorm", WrappedTorchNorm),
         mock.patch.object(model_specs, "Norm", WrappedTorchNorm),
         mock.patch.object(WrappedTorchNorm, "__new__", _torch_norm(WrappedTorchNorm.__new__)),

@@ -57,12 +57,36 @@ class TrainParallel:
         return self.tensor * self.gtp * self.pipeline * self.data
 
 
+LORA_TARGETS = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
+
+
+@dataclass(frozen=True, slots=True)
+class LoraOptions:
+    """Adapters of rank `rank` and strength `alpha / rank` around the layers that `targets` name, in Megatron's words.
+
+    `engine_dtype` is what the engines store, to which folded weights are rounded.
+    """
+
+    rank: int
+    alpha: float
+    targets: tuple[str, ...] = LORA_TARGETS
+    engine_dtype: Literal["bfloat16", "float32"] = "bfloat16"
+
+    def __post_init__(self) -> None:
+        unknown = sorted(set(self.targets) - set(LORA_TARGETS))
+        if self.rank < 1 or self.alpha <= 0 or not self.targets or unknown:
+            raise ValueError(
+                f"{self}: rank must be at least 1, alpha above 0, and targets some of {', '.join(LORA_TARGETS)}"
+            )
+
+
 @dataclass(frozen=True, slots=True)
 class TrainOptions:
     """The optimizer step. `num_microbatches` is per data parallel rank; fillers make up the last ones.
 
     `kl_coef` weighs the KL to the frozen initial policy, `clip_ratio` is PPO's epsilon, `max_grad_norm` clips
     the global gradient norm (0: no clipping). "bf16": bfloat16 parameters, float32 masters in the optimizer.
+    With `lora` only adapters learn, and the reference is the policy without them.
     """
 
     lr: float = 1e-4
@@ -74,6 +98,7 @@ class TrainOptions:
     max_grad_norm: float = 1.0
     weight_decay: float = 0.0
     adam_betas: tuple[float, float] = (0.9, 0.95)
+    lora: LoraOptions | None = None
 
     def __post_init__(self) -> None:
         if self.precision not in ("bf16", "fp32"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Collection, Iterator
 from pathlib import Path
@@ -12,8 +13,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from refit.plan import RankManifest
-from refit.train_side import build, checkpoint, cpu_compat, lowering
+from refit.train_side import build, checkpoint, cpu_compat, lora, lowering
 from refit.train_side.batch import TrainBatch
+from refit.train_side.lora_fold import Fold
 from refit.train_side.microbatches import Microbatch, response_span, split_batch
 from refit.train_side.options import TrainOptions, TrainParallel
 from refit.train_side.steps import Forward, run_schedule
@@ -24,14 +26,18 @@ class PolicyTrainer:
 
     The optimizer is Megatron's own (Adam on float32 masters, gradients summed over data parallel ranks in
     float32, clipped by global norm). The initial weights stay as a second, frozen model: the reference.
+
+    With LoRA the reference is the policy itself, its adapters switched off. What is described, given and exported
+    are folded weights: base and adapter in one.
     """
 
     def __init__(
         self,
         policy: build.BuiltModel,
-        reference: build.BuiltModel,
+        reference: build.BuiltModel | None,
         optimizer: Any,
         description: lowering.LoweredModel,
+        fold: Fold | None,
         options: TrainOptions,
         rank: int,
     ) -> None:
@@ -40,6 +46,7 @@ class PolicyTrainer:
         self._reference = reference
         self._optimizer = optimizer
         self._description = description
+        self._fold = fold
         self._options = options
 
     @classmethod
@@ -61,11 +68,15 @@ class PolicyTrainer:
         build.open_process_groups(parallel, rank, world_size, init_address, timeout_s)
         build.seed_everything(options.seed)
         policy = build.build_model(model_dir, parallel, options, trainable=True)
-        reference = build.build_model(model_dir, parallel, options, trainable=False)
+        reference, fold = None, None
+        if options.lora is None:
+            reference = build.build_model(model_dir, parallel, options, trainable=False)
+        else:
+            fold = Fold.of(policy.chunks, getattr(torch, options.lora.engine_dtype))
         with cpu_compat.cpu_megatron():
             optimizer = _make_optimizer(policy, options)
             description = lowering.LoweredModel.prepare(policy, model_dir)
-        return cls(policy, reference, optimizer, description, options, rank)
+        return cls(policy, reference, optimizer, description, fold, options, rank)
 
     def logprobs(self, batch: TrainBatch) -> list[list[float]]:
         """Log-probability of every response token of the global batch under the current policy."""
@@ -73,7 +84,16 @@ class PolicyTrainer:
 
     def reference_logprobs(self, batch: TrainBatch) -> list[list[float]]:
         """The same under the frozen initial policy."""
-        return self._logprobs(self._reference, batch)
+        with self._as_reference() as model:
+            return self._logprobs(model, batch)
+
+    @contextlib.contextmanager
+    def _as_reference(self) -> Iterator[build.BuiltModel]:
+        if self._reference is not None:
+            yield self._reference
+        else:
+            with lora.switched_off(self._policy.chunks):
+                yield self._policy
 
     def _logprobs(self, model: build.BuiltModel, batch: TrainBatch) -> list[list[float]]:
         microbatches = self._split(batch)
@@ -96,7 +116,8 @@ class PolicyTrainer:
         then unusable.
         """
         microbatches = self._split(batch)
-        reference = run_schedule(self._reference, Forward.logprobs(self._reference, microbatches))
+        with self._as_reference() as model:
+            reference = run_schedule(model, Forward.logprobs(model, microbatches))
         with cpu_compat.cpu_megatron():
             for chunk in self._policy.chunks:
                 chunk.zero_grad_buffer()
@@ -135,11 +156,16 @@ class PolicyTrainer:
 
         Raises lowering.StaleTasks if a parameter was re-created since `build`.
         """
-        return self._description.manifest(self.rank)
+        manifest = self._description.manifest(self.rank)
+        return manifest if self._fold is None else self._fold.manifest(manifest)
 
     def params(self) -> dict[str, Tensor]:
-        """This rank's live parameters by the names of `describe().params`; same check as `describe`."""
-        return self._description.live_params()
+        """This rank's live parameters by the names of `describe().params`; same check as `describe`.
+
+        With LoRA collective, and the weights that have adapters are folded ones, in memory of their own.
+        """
+        live = self._description.live_params()
+        return live if self._fold is None else live | self._fold.weights(live)
 
     def export(self, names: Collection[str] | None = None) -> Iterator[tuple[str, Tensor]]:
         """Full HF tensors by Bridge's own gathers, vocabulary padding cut off; all of them, or those named.
@@ -147,7 +173,7 @@ class PolicyTrainer:
         Collective: every trainer rank iterates to the end, in the same order, with the same `names`. A tensor
         is only valid until the next step. Raises KeyError for a name that the model does not have.
         """
-        return checkpoint.export(self._policy, self._description, names)
+        return checkpoint.export(self._policy, self._description, names, self._fold)
 
     def save(self, path: str | Path) -> None:
         """Write an HF checkpoint (config.json and safetensors) of the current weights."""

@@ -69,6 +69,14 @@ REFUSALS = [
         ["generation.tensor_parallel = 2", "64 of attention rows", "blocks of 128"],
     ),
     ([MOE, "generation.precision=mxfp8"], ["generation.precision = 'mxfp8'", "experts", "Use fp8"]),
+    (["policy.lora_rank=-1"], ["policy.lora_rank = -1", "at least 0"]),
+    (
+        ["policy.lora_rank=3", "policy.tensor_parallel=2"],
+        ["policy.lora_rank = 3", "policy.tensor_parallel 2", "multiple of 2"],
+    ),
+    (["policy.lora_rank=4", "policy.lora_alpha=0"], ["policy.lora_alpha = 0", "above 0"]),
+    (["policy.lora_rank=4", "policy.lora_targets=[q_proj]"], ["('q_proj',)", "linear_qkv, linear_proj"]),
+    (["policy.lora_rank=4", "policy.lora_targets=[]"], ["policy.lora_targets = ()", "linear_qkv"]),
     (["refit.backend=mpi"], ["refit.backend = 'mpi'", "Use one of gloo, nccl"]),
     (
         ["refit.transport=carrier_pigeon"],

@@ -1,5 +1,6 @@
 """Real trainer processes, forked from one server that has Megatron imported; tiny checkpoints, made once."""
 
+import importlib
 import multiprocessing
 import os
 import socket
@@ -17,19 +18,19 @@ def _serve(pipe: Connection) -> None:
     """Run one case after another; the processes of each are forked from this process's own fork server."""
     os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
     from tests.processes import CONTEXT, run_processes
-    from tests.train_side import ranks
 
     CONTEXT.set_forkserver_preload(["tests.train_side.preload"])
     while (request := pipe.recv()) is not None:
-        name, num_processes, args, timeout_s = request
+        module, name, num_processes, args, timeout_s = request
         try:
-            pipe.send((run_processes(getattr(ranks, name), num_processes, *args, timeout_s=timeout_s), None))
+            function = getattr(importlib.import_module(module), name)
+            pipe.send((run_processes(function, num_processes, *args, timeout_s=timeout_s), None))
         except BaseException as error:
             pipe.send((None, str(error)))
 
 
 class Trainers:
-    """Runs functions of `tests.train_side.ranks` as `function(rank, world_size, address, *args)` on n ranks."""
+    """Runs functions, for example of `tests.train_side.ranks`, as f(rank, world_size, address, *args) on n ranks."""
 
     def __init__(self, pipe: Connection) -> None:
         self._pipe = pipe
@@ -41,7 +42,8 @@ class Trainers:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         timeout_s = self._deadline_s
-        self._pipe.send((function.__name__, num_ranks, (num_ranks, f"127.0.0.1:{port}", *args), timeout_s))
+        given = (num_ranks, f"127.0.0.1:{port}", *args)
+        self._pipe.send((function.__module__, function.__name__, num_ranks, given, timeout_s))
         assert self._pipe.poll(timeout_s + 30), f"{function.__name__}: no answer within {timeout_s + 30} s"
         results, error = self._pipe.recv()
         assert error is None, error

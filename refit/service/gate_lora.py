@@ -1,0 +1,32 @@
+"""The gate's rule on LoRA: ranks that can be cut, layers that there are."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+from refit.service.gate_rules import Case, Violation
+from refit.train_side.options import LORA_TARGETS
+
+
+def lora(case: Case) -> Iterator[Violation]:
+    """Adapters are cut over the tensor parallel ranks, along their rank where the layer's own cut does not reach."""
+    policy = case.config.policy
+    if policy.lora_rank < 0:
+        yield Violation(
+            "policy.lora_rank", policy.lora_rank, "it must be at least 0", "Use 0 for no adapters"
+        )
+    if policy.lora_rank < 1:
+        return
+    if policy.lora_rank % policy.tensor_parallel:
+        problem = f"it does not divide by policy.tensor_parallel {policy.tensor_parallel}, over which adapters are cut"
+        remedy = f"Use a multiple of {policy.tensor_parallel}"
+        yield Violation("policy.lora_rank", policy.lora_rank, problem, remedy)
+    if not 0 < policy.lora_alpha < math.inf:
+        yield Violation(
+            "policy.lora_alpha", policy.lora_alpha, "it must be above 0", "Twice the rank is usual"
+        )
+    for target in policy.lora_targets or ("",):
+        if target not in LORA_TARGETS:
+            problem, remedy = "no such layer has adapters", f"Use some of {', '.join(LORA_TARGETS)}"
+            yield Violation("policy.lora_targets", policy.lora_targets, problem, remedy)
