@@ -6,11 +6,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import plotly.graph_objects as go  # type: ignore[import-untyped]
+from plotly.subplots import make_subplots  # type: ignore[import-untyped]
 
 from refit.report.reader import Run
 
 PHASES = ("pause", "stage", "verify", "commit")
 RANK_PHASES = ("pack", "wire", "unpack", "digest", "misc", "finalize")
+HALT = "halt"  # the part of commit in which a replica samples no token; the driver measures it
 COLOURS = {
     "pause": "#9aa4b2",
     "stage": "#3b6ea5",
@@ -22,9 +24,11 @@ COLOURS = {
     "digest": "#c9a227",
     "misc": "#8c5fa8",
     "finalize": "#4f8a5b",
+    "halt": "#b4472f",
 }
 MAX_TIMELINE_ROWS = 64
 MAX_TIMELINES = 5
+MAX_TICKS = 25  # up to so many steps or versions, each has a tick of its own
 REWARD_COLOUR, KL_COLOUR = "#3b6ea5", "#b4472f"
 
 
@@ -33,9 +37,9 @@ def styled(figure: Any, height: int, x_title: str, y_title: str) -> Any:
     figure.update_layout(
         template="plotly_white",
         height=height,
-        margin={"l": 70, "r": 24, "t": 34, "b": 50},
+        margin={"l": 80, "r": 24, "t": 34, "b": 50},
         font={"family": "system-ui, sans-serif", "size": 13, "color": "#1c2733"},
-        legend={"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0},
+        legend={"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0, "traceorder": "normal"},
         hoverlabel={"namelength": -1},
     )
     figure.update_xaxes(title_text=x_title)
@@ -43,8 +47,15 @@ def styled(figure: Any, height: int, x_title: str, y_title: str) -> Any:
     return figure
 
 
+def counted(figure: Any, numbers: Sequence[int]) -> Any:
+    """Whole numbers on the x axis: steps and versions have no fractions."""
+    few = numbers[-1] - numbers[0] < MAX_TICKS
+    figure.update_xaxes(tickformat="d", dtick=1 if few else None)
+    return figure
+
+
 def reward_and_kl(run: Run) -> Any | None:
-    """Mean reward with its spread, and generation KL on an axis of its own."""
+    """Mean reward with its spread, and generation KL below it, over the same steps."""
     if not run.steps:
         return None
     x = [step["step"] for step in run.steps]
@@ -52,48 +63,41 @@ def reward_and_kl(run: Run) -> Any | None:
     spread = [step["reward_stdev"] for step in run.steps]
     low = [mean - stdev for mean, stdev in zip(reward, spread, strict=True)]
     high = [mean + stdev for mean, stdev in zip(reward, spread, strict=True)]
-    figure = _band(x, low, high)
-    figure.add_scatter(
-        x=x, y=reward, mode="lines+markers", name="mean reward", line={"color": REWARD_COLOUR, "width": 2}
+    figure = make_subplots(rows=2, shared_xaxes=True, row_heights=[0.6, 0.4], vertical_spacing=0.06)
+    figure.add_traces(_band(x, low, high))
+    for row, name, y, colour in (
+        (1, "mean reward", reward, REWARD_COLOUR),
+        (2, "generation KL per token", [max(step["gen_kl"], 0.0) for step in run.steps], KL_COLOUR),
+    ):
+        look = {"color": colour, "width": 2}
+        figure.add_scatter(x=x, y=y, mode="lines+markers", name=name, line=look, row=row, col=1)
+    styled(figure, 460, "", "mean reward")
+    figure.update_xaxes(title_text="step", row=2)
+    figure.update_yaxes(
+        title_text="generation KL<br>per token",
+        rangemode="tozero",
+        exponentformat="e",
+        tickformat=".1e",
+        row=2,
     )
-    figure.add_scatter(
-        x=x,
-        y=[max(step["gen_kl"], 0.0) for step in run.steps],
-        mode="lines+markers",
-        name="generation KL per token",
-        line={"color": KL_COLOUR, "width": 1.5, "dash": "dot"},
-        yaxis="y2",
-    )
-    styled(figure, 380, "step", "mean reward")
-    kl_axis = {
-        "title": {"text": "generation KL per token"},
-        "overlaying": "y",
-        "side": "right",
-        "showgrid": False,
-        "exponentformat": "e",
-        "tickmode": "auto",
-        "tickformat": ".1e",
-        "rangemode": "tozero",
-    }
-    figure.update_layout(yaxis2=kl_axis, margin={"l": 70, "r": 80, "t": 34, "b": 50})
-    return figure
+    return counted(figure, x)
 
 
-def _band(x: Sequence[int], low: Sequence[float], high: Sequence[float]) -> Any:
-    """A figure with the space between two curves shaded."""
-    figure = go.Figure()
-    figure.add_scatter(x=x, y=high, mode="lines", line={"width": 0}, hoverinfo="skip", showlegend=False)
-    figure.add_scatter(
+def _band(x: Sequence[int], low: Sequence[float], high: Sequence[float]) -> list[Any]:
+    """Two curves with the space between them shaded."""
+    line = {"width": 0}
+    upper = go.Scatter(x=x, y=high, mode="lines", line=line, hoverinfo="skip", showlegend=False)
+    lower = go.Scatter(
         x=x,
         y=low,
         mode="lines",
-        line={"width": 0},
+        line=line,
         fill="tonexty",
         fillcolor="rgba(59,110,165,0.15)",
         hoverinfo="skip",
         name="one standard deviation",
     )
-    return figure
+    return [upper, lower]
 
 
 def phase_bars(run: Run, phases: Sequence[str], mode: str) -> Any | None:
@@ -112,7 +116,7 @@ def phase_bars(run: Run, phases: Sequence[str], mode: str) -> Any | None:
             hovertemplate="version %{x}<br>" + phase + " %{y:.3g} ms<extra></extra>",
         )
     figure.update_layout(barmode=mode, bargap=0.25)
-    return styled(figure, 340, "version", "milliseconds")
+    return counted(styled(figure, 340, "version", "milliseconds"), [refit["version"] for refit in refits])
 
 
 def traffic(plan: Mapping[str, Any]) -> Any | None:
@@ -149,20 +153,20 @@ def memory(run: Run) -> Any | None:
         return None
     figure = go.Figure()
     x = [refit["version"] for refit in refits]
-    for key, name, colour in (
-        ("staged_bytes", "staged version", COLOURS["commit"]),
-        ("peak_extra_bytes", "buffers", COLOURS["pack"]),
+    for key, name, colour, dash in (
+        ("staged_bytes", "staged version", COLOURS["commit"], "solid"),
+        ("peak_extra_bytes", "buffers", COLOURS["misc"], "dot"),  # often as large: both must be seen
     ):
         figure.add_scatter(
             x=x,
             y=[refit[key] / 1e6 for refit in refits],
             name=name,
             mode="lines+markers",
-            line={"color": colour},
+            line={"color": colour, "width": 2, "dash": dash},
             hovertemplate="version %{x}: %{y:.4g} MB<extra>" + name + "</extra>",
         )
     figure.update_yaxes(rangemode="tozero")
-    return styled(figure, 280, "version", "MB")
+    return counted(styled(figure, 280, "version", "MB"), x)
 
 
 def chosen_refits(run: Run) -> tuple[tuple[str, Mapping[str, Any]], ...]:
@@ -206,7 +210,26 @@ def timeline(refit: Mapping[str, Any]) -> Any:
     figure.update_layout(barmode="overlay", bargap=0.3)
     styled(figure, 130 + 26 * len(kept), "milliseconds since the first rank began", "")
     figure.update_yaxes(categoryorder="array", categoryarray=kept[::-1], automargin=True)
+    _mark_decision(figure, refit)
     return figure
+
+
+def _mark_decision(figure: Any, refit: Mapping[str, Any]) -> None:
+    """Shade what lies between the last rank's staging and the first engine's processing: nothing moves there."""
+    spans = [span for rank in refit["ranks"] for span in rank["spans"]]
+    staged_s = [span["stop_s"] for span in spans if span["phase"] != "finalize"]
+    begun_s = [span["start_s"] for span in spans if span["phase"] == "finalize"]
+    if staged_s and begun_s and min(begun_s) > max(staged_s):
+        figure.add_vrect(
+            x0=1e3 * max(staged_s),
+            x1=1e3 * min(begun_s),
+            fillcolor=COLOURS["pause"],
+            opacity=0.18,
+            line_width=0,
+            annotation_text="digests compared, decision told",
+            annotation_position="top left",
+            annotation_font_size=11,
+        )
 
 
 def _stretches(refit: Mapping[str, Any]) -> Iterator[tuple[str, str, float, float, str]]:

@@ -18,16 +18,16 @@ STYLE = """
 :root { color-scheme: light; --ink: #1c2733; --soft: #5d6b7a; --line: #dde3ea; --card: #ffffff; --ground: #f4f6f9; }
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--ground); color: var(--ink); font: 15px/1.5 system-ui, sans-serif; }
-main { max-width: 1120px; margin: 0 auto; padding: 28px 20px 60px; }
+main { max-width: 1240px; margin: 0 auto; padding: 28px 20px 60px; }
 h1 { font-size: 24px; margin: 0 0 4px; } h2 { font-size: 17px; margin: 0 0 2px; }
 p { margin: 0 0 10px; color: var(--soft); } code { font-size: 13px; overflow-wrap: anywhere; }
 section, .tile { background: var(--card); border: 1px solid var(--line); border-radius: 10px; }
 section { padding: 16px 18px; margin-top: 18px; }
-.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); gap: 12px; margin-top: 18px; }
+.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(165px, 1fr)); gap: 12px; margin-top: 18px; }
 .tile { padding: 12px 14px; } .tile b { display: block; font-size: 20px; } .tile span { color: var(--soft); }
 .scroll { overflow-x: auto; max-height: 520px; }
 table { border-collapse: collapse; width: 100%; font-size: 13px; font-variant-numeric: tabular-nums; }
-th, td { text-align: right; padding: 5px 9px; border-bottom: 1px solid var(--line); white-space: nowrap; }
+th, td { text-align: right; padding: 5px 7px; border-bottom: 1px solid var(--line); white-space: nowrap; }
 th { position: sticky; top: 0; background: var(--card); }
 th:first-child, td:first-child { text-align: left; } .bad { color: #b4472f; font-weight: 600; }
 select { font: inherit; padding: 3px 6px; margin-bottom: 6px; }
@@ -69,19 +69,21 @@ def _sections(run: Run) -> Iterable[str]:
     yield _section(
         "phases",
         "Refits by phase",
-        "Phases of the driver; they follow each other and add up to the whole refit.",
+        "Stage moves the weights beside those that serve, verify compares digests, commit puts them to use. They "
+        "follow each other and add up to the whole refit.",
         _figure(charts.phase_bars(run, charts.PHASES, "stack"), "phase-driver"),
     )
     yield _section(
         "rank-phases",
         "Inside stage and commit",
-        "The slowest rank of each phase. Ranks and streams work side by side, so these do not add up.",
-        _figure(charts.phase_bars(run, charts.RANK_PHASES, "group"), "phase-rank"),
+        "The slowest rank of each phase. Ranks and streams work side by side, so these do not add up. Time on the wire "
+        "includes waiting for the other end. Halt is the part of commit in which no token is sampled.",
+        _figure(charts.phase_bars(run, (*charts.RANK_PHASES, charts.HALT), "group"), "phase-rank"),
     )
     yield _section(
         "timeline",
         "Timeline by rank and stream",
-        "Where each rank's time went in one refit.",
+        "Where each rank's time went in one refit: a row per rank and stream, a bar per stretch of work.",
         _timelines(run),
     )
     yield _section(
@@ -93,7 +95,7 @@ def _sections(run: Run) -> Iterable[str]:
     yield _section(
         "memory",
         "Extra memory",
-        "The rank with the most, per refit.",
+        "The rank with the most, per refit: the new version beside the one that serves, and the buffers of the move.",
         _figure(charts.memory(run), "extra-memory"),
     )
 
@@ -170,11 +172,17 @@ def _tiles(run: Run) -> str:
         times = sorted(refit["total_s"] for refit in run.reported)
         newest = run.reported[-1]
         tiles += [
-            ("refit, median", f"{1e3 * times[len(times) // 2]:.0f} ms"),
+            ("refit, median", _milliseconds(times[len(times) // 2])),
             ("version", str(newest["version"])),
-            ("bulk / misc bytes", f"{_amount(newest['bulk_bytes'])} / {_amount(newest['misc_bytes'])}"),
-            ("busiest link / bound", f"{newest['bound_ratio']:.3f}"),
+            ("bytes point to point", _amount(newest["bulk_bytes"])),
+            ("bytes by broadcast", _amount(newest["misc_bytes"])),
+            ("busiest link / lower bound", f"{newest['bound_ratio']:.3f}"),
         ]
+        halts = sorted(
+            refit["seconds"][charts.HALT] for refit in run.reported if charts.HALT in refit["seconds"]
+        )
+        if halts:
+            tiles.insert(-4, ("answers wait, median", _milliseconds(halts[len(halts) // 2])))
     if run.refits:
         tiles.append(("refits not committed", str(sum(not refit["committed"] for refit in run.refits))))
     cells = "".join(
@@ -205,6 +213,7 @@ def _refit_table(run: Run) -> str:
         "behind the median",
         "digests",
         "audit",
+        "incidents",
     )
     rows = [_refit_row(refit, audits.get(refit["version"])) for refit in run.refits[-MAX_ROWS:]]
     return _table(headings, rows)
@@ -227,6 +236,7 @@ def _refit_row(refit: Mapping[str, Any], audit: bool | None) -> list[str]:
         _milliseconds(refit["straggler_s"]),
         digests,
         {None: "", True: "equal", False: "FAILED"}[audit],
+        "; ".join(refit["incidents"])[:300],
     ]
 
 
@@ -260,7 +270,7 @@ def _cell(text: str) -> str:
 
 
 def _milliseconds(seconds: float) -> str:
-    return f"{1e3 * seconds:.4g} ms"
+    return f"{1e3 * seconds:.0f} ms" if seconds >= 0.1 else f"{1e3 * seconds:.1f} ms"
 
 
 def _amount(num_bytes: float) -> str:

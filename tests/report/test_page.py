@@ -92,6 +92,40 @@ def test_the_timeline_has_a_row_per_rank_and_stream_and_a_bar_per_stretch(folder
     assert by_phase["unpack"].x[-1] == pytest.approx(20.0), "milliseconds of the straggler"
 
 
+def test_the_time_between_staging_and_processing_is_shaded(folder):
+    first, *_, discarded = read_run(folder).reported[:5]
+    (shade,) = charts.timeline(first).layout.shapes
+    assert (shade.x0, shade.x1) == (pytest.approx(30.0), pytest.approx(60.0))
+    assert charts.timeline(discarded).layout.shapes == (), "nothing was processed"
+
+
+def test_steps_and_versions_have_whole_numbers_on_their_axes(folder):
+    run = read_run(folder)
+    for figure in (
+        charts.reward_and_kl(run),
+        charts.phase_bars(run, charts.PHASES, "stack"),
+        charts.memory(run),
+    ):
+        assert figure.layout.xaxis.dtick == 1
+    assert charts.counted(charts.memory(run), range(100)).layout.xaxis.dtick is None
+
+
+def test_what_happened_to_replicas_and_how_long_answers_waited_is_told(tmp_path):
+    folder = recorded_run(tmp_path)
+    lines = [json.loads(line) for line in (folder / "refits.jsonl").read_text().splitlines()]
+    lines[1]["incidents"] = ["left out generator 1: dead"]
+    for line in lines[:3]:
+        line["seconds"]["halt"] = 0.0125
+    (folder / "refits.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert main(["report", str(folder)]) == 0
+    text = Page((folder / "report.html").read_text()).text
+    assert "left out generator 1: dead" in text
+    assert re.search(r"12\.5 ms\nanswers wait, median", text)
+    bars = charts.phase_bars(read_run(folder), (*charts.RANK_PHASES, charts.HALT), "group")
+    (halt,) = [bar for bar in bars.data if bar.name == "halt"]
+    assert list(halt.y[:4]) == [12.5, 12.5, 12.5, 0.0]
+
+
 def test_stacked_phases_add_up_to_each_refit(folder):
     run = read_run(folder)
     figure = charts.phase_bars(run, charts.PHASES, "stack")
