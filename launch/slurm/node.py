@@ -19,9 +19,11 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import IO
 
 import psutil  # type: ignore[import-untyped]
 
@@ -33,6 +35,9 @@ MARKS = ("SLURM_JOB_ID", "SLURMD_NODENAME")
 LOOPBACK = "127.0.0.1"
 OBJECT_STORE_BYTES = 2**30  # weights do not travel through Ray
 MAX_LOG_BYTES = 100 * 2**20
+OUTPUT_S = 1.0
+START_ATTEMPTS = 3
+RAY_IS_UP = "Ray runtime started"  # what `ray start` says once its node has registered
 PORT_FLAGS = (  # of every node, at these offsets from the job's base port; the control service of the head is at 0
     "--ray-client-server-port",
     "--node-manager-port",
@@ -101,7 +106,7 @@ def ray_node(arguments: argparse.Namespace, told: Told) -> int:
         f"{node}: Ray {arguments.role} at {address}, ports {arguments.base_port} to {arguments.base_port + 7}"
     )
     try:
-        code = supervise(ray_command(arguments, node, address), environment, CHILD_PATIENCE_S["ray"], told)
+        code = started_ray(ray_command(arguments, node, address), environment, told)
     finally:
         end(processes_of_step())
         put_away(arguments)
@@ -110,6 +115,37 @@ def ray_node(arguments: argparse.Namespace, told: Told) -> int:
             f"{node}: Ray {arguments.role} ended by itself with code {code}; its logs: {arguments.logs}/ray-{node}"
         )
     return 0 if told.stop else code or 1
+
+
+def started_ray(command: Sequence[str], environment: dict[str, str], told: Told) -> int:
+    """Run `ray start --block` until it ends; its exit code. A start that fails is repeated, up to START_ATTEMPTS times.
+
+    Ray 2.60 gives its own start 30 s, which a busy node or a slow file system may miss. The end of a node that was up
+    is final: what ran on it is lost.
+    """
+    for attempt in range(1, START_ATTEMPTS + 1):
+        up = Seen(RAY_IS_UP)
+        code = supervise(command, environment, CHILD_PATIENCE_S["ray"], told, up)
+        if told.stop or up.is_seen or attempt == START_ATTEMPTS:
+            break
+        say(
+            f"Ray did not come up (code {code}); starting it again, attempt {attempt + 1} of {START_ATTEMPTS}"
+        )
+        end(processes_of_step())
+    return code
+
+
+class Seen:
+    """Whether a text came by in the output of a command, which is passed on line by line."""
+
+    def __init__(self, text: str) -> None:
+        self.is_seen = False
+        self._text = text
+
+    def follow(self, output: IO[str]) -> None:
+        for line in output:
+            self.is_seen = self.is_seen or self._text in line
+            print(line, end="", flush=True)
 
 
 def ray_command(arguments: argparse.Namespace, node: str, address: str) -> list[str]:
@@ -151,9 +187,28 @@ def network(address: str) -> dict[str, str]:
     return {name: value for name, value in chosen.items() if name not in os.environ}
 
 
-def supervise(command: Sequence[str], environment: dict[str, str], patience_s: float, told: Told) -> int:
-    """Run a command until it ends; when told to stop, ask it, and force it after `patience_s`. Its exit code."""
-    child = subprocess.Popen(list(command), env=environment, stdin=subprocess.DEVNULL)  # noqa: S603
+def supervise(
+    command: Sequence[str],
+    environment: dict[str, str],
+    patience_s: float,
+    told: Told,
+    seen: Seen | None = None,
+) -> int:
+    """Run a command until it ends; when told to stop, ask it, and force it after `patience_s`. Its exit code.
+
+    With `seen`, its standard output goes through there.
+    """
+    child = subprocess.Popen(  # noqa: S603
+        list(command),
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=None if seen is None else subprocess.PIPE,
+        text=True,
+    )
+    follower = None
+    if seen is not None and child.stdout is not None:
+        follower = threading.Thread(target=seen.follow, args=(child.stdout,), daemon=True)
+        follower.start()
     while child.poll() is None and not told.stop:
         time.sleep(POLL_S)
     if child.poll() is None:
@@ -164,6 +219,8 @@ def supervise(command: Sequence[str], environment: dict[str, str], patience_s: f
             say(f"{command[0]} did not leave within {patience_s:.0f} s of SIGTERM; killing it")
             child.kill()
             child.wait()
+    if follower is not None:
+        follower.join(OUTPUT_S)  # what the child started may hold its end open
     return child.returncode if child.returncode >= 0 else 128 - child.returncode
 
 

@@ -6,6 +6,7 @@
 
 node_patience_s=25   # what node.py may take to end what it started; below Slurm's usual KillWait of 30 s
 refit_started=()     # names of steps, in the order of their start
+kill_on_bad_exit=1    # the first task of a step that fails ends the others; 0 lets each come to its own end
 declare -A refit_pid refit_code # srun's process id, and its exit code once it is known, by step name
 refit_signal=""
 
@@ -34,7 +35,7 @@ start_step() {
   shift 2
   count="$(tr , '\n' <<<"$where" | wc -l)"
   srun --job-name="$name" --nodelist="$where" --nodes="$count" --ntasks="$count" --ntasks-per-node=1 --overlap \
-    --mpi=none --kill-on-bad-exit=1 --input=none --output="$logs/$name-%N.log" "$@" >>"$logs/batch.log" 2>&1 &
+    --mpi=none --kill-on-bad-exit="$kill_on_bad_exit" --input=none --output="$logs/$name-%N.log" "$@" >>"$logs/batch.log" 2>&1 &
   refit_pid[$name]=$!
   refit_started+=("$name")
 }

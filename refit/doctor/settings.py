@@ -85,7 +85,9 @@ def _ucx(host: Host, _on_cluster: bool) -> Iterator[Check]:
 def _ray_token(host: Host, on_cluster: bool) -> Iterator[Check]:
     """Who may connect to Ray: a file of the owner's, named to Ray by RAY_AUTH_TOKEN_PATH."""
     mode, path = host.environ.get("RAY_AUTH_MODE", ""), host.environ.get("RAY_AUTH_TOKEN_PATH", "")
-    if "RAY_AUTH_TOKEN" in host.environ:
+    if (
+        "RAY_AUTH_TOKEN" in host.environ and "KUBERNETES_SERVICE_HOST" not in host.environ
+    ):  # KubeRay's own way
         advice = "every child process and its logs can show it: put it into a file of mode 600, RAY_AUTH_TOKEN_PATH"
         yield Check(AREA, "RAY_AUTH_TOKEN", "warn", "a token in the environment", advice)
     if path and not os.access(path, os.R_OK):

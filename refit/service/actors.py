@@ -58,9 +58,9 @@ class Actor:
         self._log_path = log_path
         self._control: Any = None
 
-    def who(self) -> str:
-        """For example "train rank 1"; answers as soon as the process is up."""
-        return self._who
+    def node(self) -> str:
+        """The host name of its node; answers as soon as the process is up."""
+        return socket.gethostname()
 
     def process_id(self) -> int:
         return os.getpid()

@@ -62,6 +62,7 @@ class Cluster:
         self._places: Places | None = None
         self.trainers: tuple[Any, ...] = ()
         self.generators: tuple[Any, ...] = ()
+        self.nodes: dict[str, str] = {}  # host name by actor, as placed at first
 
     @classmethod
     def open(cls, config: JobConfig, log_folder: Path) -> Cluster:
@@ -79,11 +80,8 @@ class Cluster:
                 cluster._actor(GenActor, replica, f"gen-{replica}")
                 for replica in range(config.generation.replicas)
             )
-            collect(
-                {name: actor.who.remote() for name, actor in cluster.named_actors().items()},
-                "start actors",
-                START_TIMEOUT_S,
-            )
+            where = {name: actor.node.remote() for name, actor in cluster.named_actors().items()}
+            cluster.nodes = dict(collect(where, "start actors", START_TIMEOUT_S))
         except BaseException:
             cluster.close()
             raise

@@ -9,7 +9,7 @@ import os
 import platform
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TextIO
@@ -84,6 +84,8 @@ def running_job(
     try:
         with progress.waiting("start Ray", 1):
             cluster = Cluster.open(config, run_dir / "logs")
+        if config.cluster.address is not None:
+            progress.say(_places(cluster.nodes))
         num_actors = len(cluster.named_actors())
         with progress.waiting("build trainers and engines", num_actors) as tick:
             engine_dir = _engine_dir(config, model_dir, run_dir)
@@ -103,6 +105,13 @@ def running_job(
                 coordinator.close()
             if cluster is not None:
                 cluster.close()
+
+
+def _places(nodes: Mapping[str, str]) -> str:
+    """For example "placed: train rank 0, train rank 1 on n1; generator 0 on n2"."""
+    hosts = dict.fromkeys(nodes.values())
+    by_host = {host: [who for who, node in nodes.items() if node == host] for host in hosts}
+    return "placed: " + "; ".join(f"{', '.join(names)} on {host}" for host, names in by_host.items())
 
 
 @contextlib.contextmanager

@@ -206,3 +206,32 @@ def test_clean_ends_what_killed_steps_left_and_keeps_the_logs_of_ray(tmp_path: P
     assert of_step("3") == []
     assert not temp.exists()
     assert (tmp_path / "logs" / "ray-n1" / "raylet.out").read_text() == "last words"
+
+
+RAY_LIKE = """
+import pathlib, sys
+count = pathlib.Path(sys.argv[1])
+count.write_text(count.read_text() + "x" if count.exists() else "x")
+if len(count.read_text()) >= int(sys.argv[2]):
+    print("Ray runtime started.", flush=True)
+    sys.exit(3)
+sys.exit(1)
+"""
+
+
+@pytest.mark.parametrize(("comes_up_at", "code", "runs"), [(1, 3, 1), (2, 3, 2), (9, 1, 3)])
+def test_a_start_that_fails_is_repeated_and_the_end_of_a_node_that_was_up_is_final(
+    comes_up_at: int, code: int, runs: int, tmp_path: Path
+) -> None:
+    """What `ray start` does is played by a process that counts its runs."""
+    count = tmp_path / "count"
+    call = (
+        "import os, sys; sys.path.insert(0, sys.argv[1]); import node; "
+        "sys.exit(node.started_ray([sys.executable, '-c', *sys.argv[2:]], dict(os.environ), node.Told()))"
+    )
+    command = [sys.executable, "-c", call, str(SLURM), RAY_LIKE, str(count), str(comes_up_at)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == code, done.stderr
+    assert len(count.read_text()) == runs
+    assert done.stdout.count("Ray runtime started.") == (code == 3)
+    assert done.stderr.count("starting it again") == runs - 1

@@ -120,12 +120,20 @@ class Job:
         return batch.read_text() if batch.exists() else ""
 
 
-def test_the_main_job_runs_on_two_nodes_to_its_end_with_audits(slurm: dict[str, str], tmp_path: Path) -> None:
+def test_the_main_job_runs_on_two_nodes_by_role_to_its_end_with_audits(
+    slurm: dict[str, str], tmp_path: Path
+) -> None:
     settings = ["+policy.nccl_xfer_refit=true", "grpo.steps=2", "refit.verify_every=1"]
-    job = Job(slurm, tmp_path, "--nodes=2", "launch/ray.sub", *settings, REFIT_RAY_CPUS="4")
+    roles = {"REFIT_TRAINER_NODES": "1", "REFIT_RAY_CPUS": "4"}
+    job = Job(slurm, tmp_path, "--nodes=2", "launch/ray.sub", *settings, **roles)
     assert job.wait(600) == 0, job.said()
     summary = json.loads((job.logs / "run" / "summary.json").read_text())
     assert summary["weight_version"] == summary["audits"] == 2
+    trainers, generators = json.loads((job.logs / "nodes.json").read_text())
+    assert (trainers["role"], generators["role"]) == ("trainers", "generators")
+    driver = "".join(path.read_text() for path in job.logs.glob("driver-*.log"))
+    placed = f"placed: train rank 0, train rank 1 on {trainers['node']}; generator 0 on {generators['node']}"
+    assert placed in driver
 
 
 def test_the_drivers_exit_code_is_the_jobs_and_the_token_is_its_owners_alone(
@@ -205,3 +213,13 @@ def test_validation_runs_on_each_node_and_its_code_is_the_jobs(slurm: dict[str, 
     assert len(list(job.logs.glob("driver-*.log"))) == 2
     job = Job(slurm, tmp_path, "--nodes=2", "launch/validate.sub", "--no-such-flag")
     assert job.wait(UP_S) == 2, job.said()
+
+
+@pytest.mark.timeout(1500)
+def test_the_l0_matrix_runs_to_its_end_on_a_node(slurm: dict[str, str], tmp_path: Path) -> None:
+    job = Job(slurm, tmp_path, "--nodes=1", "launch/validate.sub", "--matrix", "l0", "--json")
+    assert job.wait(1300) == 0, job.said()
+    (driver,) = job.logs.glob("driver-*.log")
+    summary = json.loads(driver.read_text().splitlines()[-1])
+    assert summary["failed"] == 0
+    assert summary["passed"] > 0
