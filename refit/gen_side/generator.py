@@ -87,6 +87,7 @@ class Generator:
         self._updating = False
         self._stop_tokens = stop_tokens
         self._children = children
+        self._queues = _message_queues(llm)
         self._control: ControlStore | None = None
         self._timeout_s = options.call_timeout_s
         self._staged: tuple[int, int] | None = None
@@ -243,7 +244,7 @@ class Generator:
             self._control.close()
             self._control = None
         if llm is not None:
-            _shut_down(llm)
+            _shut_down(llm, self._queues)
         end_processes(self._children)
 
     def _receive(self, update_info: dict[str, Any]) -> None:
@@ -341,16 +342,40 @@ def _build_llm(model_dir: str, parallel: GenParallel, options: GenOptions) -> An
     )
 
 
-def _shut_down(llm: Any) -> None:
-    """vLLM's own shutdown, given CLOSE_S: after a worker died it may wait for ever for a socket of its own."""
+def _message_queues(llm: Any) -> tuple[Any, ...]:
+    """The queues between the driver and vLLM's workers; none where the only worker lives in this process."""
+    from vllm.v1.executor.multiproc_executor import MultiprocExecutor
+
+    executor = llm.llm_engine.engine_core.engine_core.model_executor
+    if not isinstance(executor, MultiprocExecutor):
+        return ()
+    return (executor.rpc_broadcast_mq, *executor.response_mqs)
+
+
+def _shut_down(llm: Any, queues: tuple[Any, ...]) -> None:
+    """vLLM's own shutdown, given CLOSE_S, and the end of its sockets.
+
+    vLLM drops its queues unclosed and then collects garbage. A ZeroMQ context that is found there before its sockets
+    waits for them inside the collector, for ever, and no thread of the process collects anything again. So the queues
+    are kept until vLLM is done, and closed here.
+    """
 
     def shut_down() -> None:
         with contextlib.suppress(Exception):  # a closing that fails must not hide why the engine is closed
             llm.llm_engine.engine_core.shutdown()
+        for socket in _sockets(queues):
+            socket.close(linger=0)
 
     thread = threading.Thread(target=shut_down, name="refit-close-engine", daemon=True)
     thread.start()
     thread.join(CLOSE_S)
+
+
+def _sockets(queues: tuple[Any, ...]) -> list[Any]:
+    import zmq
+
+    owners = [*queues, *(queue._spin_condition for queue in queues if queue._spin_condition is not None)]
+    return [value for owner in owners for value in vars(owner).values() if isinstance(value, zmq.Socket)]
 
 
 def _stop_tokens(model_dir: Path) -> tuple[int, ...]:

@@ -48,6 +48,9 @@ class IpcLink:
     def send(self, peer: int, message: bytes) -> None:
         self._mail.send(peer, message)
 
+    def is_flushed(self) -> bool:
+        return self._mail.is_flushed
+
     def offer(self, payload: Tensor) -> tuple[bytes, Callable[[], None]]:
         return self._memory.describe(payload), lambda: None
 

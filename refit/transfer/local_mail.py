@@ -46,6 +46,11 @@ class LocalMail:
         self._outboxes[peer].append(message)
         self._flush(peer)
 
+    @property
+    def is_flushed(self) -> bool:
+        """Whether no message waits for room in a peer's box."""
+        return not any(self._outboxes.values())
+
     def messages(self) -> list[tuple[int, bytes]]:
         """All that has arrived since the last call."""
         for peer, waiting in self._outboxes.items():

@@ -36,7 +36,10 @@ class Link(Protocol):
         """What arrived since the last call, with its sender; in order per sender."""
 
     def send(self, peer: int, message: bytes) -> None:
-        """Send a message. Raises TransportError if the peer cannot be reached."""
+        """Send a message, now or in a later call. Raises TransportError if the peer cannot be reached."""
+
+    def is_flushed(self) -> bool:
+        """Whether every message has left; `messages` sends what has not."""
 
     def offer(self, payload: Tensor) -> tuple[bytes, Callable[[], None]]:
         """Make memory readable: its description for the peer, and what ends that."""
@@ -127,6 +130,8 @@ class OneSidedTransport:
                 self._require_open()
                 self._advance()
                 late = [one for one in operations if not self._state.open[one.key].is_done]
+                if not late and operations and not self._link.is_flushed():
+                    late = operations  # who leaves now would never tell a sender that its parcel was read
                 if not late:
                     for operation in operations:
                         del self._state.open[operation.key]
@@ -249,7 +254,11 @@ class OneSidedTransport:
         lost = sorted({one.parcel.peer for one in late} & self._state.gone)
         if lost:
             return f"connection closed by rank {lost[0]}"
-        return "nothing came by the deadline" if time.monotonic() >= deadline else None
+        if time.monotonic() < deadline:
+            return None
+        if all(self._state.open[one.key].is_done for one in late):
+            return "all is read, but a peer takes no messages and was not told of it by the deadline"
+        return "nothing came by the deadline"
 
     def _failure(self, late: Sequence[Numbered], reason: str, seconds: float) -> TransportError:
         with self._lock:

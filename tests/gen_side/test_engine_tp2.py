@@ -1,6 +1,7 @@
 """A two-rank engine: two worker processes of vLLM's own, refitted, failed, and closed without a trace."""
 
 import os
+import threading
 import time
 
 import psutil
@@ -113,3 +114,5 @@ def test_an_engine_whose_worker_dies_says_so_in_time_and_leaves_no_process(engin
     everyone = list(generator._children)
     generator.close()
     assert not any(worker.is_running() and worker.status() != psutil.STATUS_ZOMBIE for worker in everyone)
+    closing = [thread.name for thread in threading.enumerate() if thread.name == "refit-close-engine"]
+    assert not closing, "a closing that waits inside the collector keeps the whole process from collecting"

@@ -126,6 +126,11 @@ class Scripted:
         self.incoming = incoming
         self.sent: list[tuple[int, bytes]] = []
         self.num_open_offers = 0
+        self.looks_until_flushed = 0
+
+    def is_flushed(self):
+        self.looks_until_flushed -= 1
+        return self.looks_until_flushed < 0
 
     def messages(self):
         found, self.incoming = self.incoming, []
@@ -187,6 +192,18 @@ def test_memory_is_on_offer_until_it_was_read_or_the_transport_closes():
     transport.close()
     assert link.num_open_offers == 0
     assert link.sent[-1] == (-1, b"closed")
+
+
+def test_a_receiver_stays_until_its_senders_were_told_that_their_parcels_are_read():
+    link = Scripted([(4, HEADER.pack(OFFER, 0, number, 16)) for number in (0, 1)])
+    transport = OneSidedTransport(link, (2, 4), 2)
+    link.looks_until_flushed = 3
+    parcels = [Parcel(4, torch.zeros(16, dtype=torch.uint8)) for _ in range(2)]
+    transport.wait(transport.post([], parcels[:1], 0), time.monotonic() + 5)
+    assert link.looks_until_flushed < 0
+    link.looks_until_flushed = 1 << 30
+    with pytest.raises(TransportError, match=r"rank 4 failed .* takes no messages and was not told"):
+        transport.wait(transport.post([], parcels[1:], 0), time.monotonic() + 0.2)
 
 
 def test_an_empty_parcel_arrives_without_any_memory_on_offer():

@@ -169,6 +169,25 @@ def test_parcels_of_one_tag_arrive_in_the_order_of_the_posts(ends):
         assert torch.equal(payload, noise(64, i))
 
 
+def test_a_sender_that_is_busy_hears_of_every_parcel_although_its_receivers_leave(ends):
+    """A mailbox keeps ten messages or so: what did not fit must not stay with a receiver that has all it wants."""
+    receivers, count = RANKS[1:], 10
+    landing = {rank: [torch.zeros(64, dtype=torch.uint8) for _ in range(count)] for rank in receivers}
+
+    def send():
+        sends = [Parcel(rank, noise(64, i)) for rank in receivers for i in range(count)]
+        ticket = ends[3].post(sends, [], 0)
+        time.sleep(0.5)  # by now every parcel is read
+        ends[3].wait(ticket, soon(10))
+
+    def receive(rank):
+        ends[rank].wait(ends[rank].post([], [Parcel(3, payload) for payload in landing[rank]], 0), soon())
+
+    at_once([send, *(lambda rank=rank: receive(rank) for rank in receivers)])
+    for rank in receivers:
+        assert all(torch.equal(payload, noise(64, i)) for i, payload in enumerate(landing[rank]))
+
+
 def test_a_parcel_that_never_comes_is_an_error_at_the_deadline_that_names_the_peer(ends):
     ticket = ends[3].post([], [Parcel(8, torch.zeros(16, dtype=torch.uint8))], 0)
     began = time.monotonic()
