@@ -20,7 +20,7 @@ from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForCausalLM
 
 from refit.service.http_engine import HttpEngine
-from refit.service.http_refit import HttpRefit, join_source
+from refit.service.http_refit import HttpRefit, join_source, next_version
 from refit.transfer.source import ModelSource
 
 NUM_STEPS = 2
@@ -47,17 +47,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     torch.manual_seed(rank)
 
+    engines = [HttpEngine(arguments.url)]
+    first = next_version(engines)  # every rank asks for itself, before any of them prepares
     refitter = None
     with ThreadPoolExecutor(1) as beside:
         if rank == 0:
-            engines = [HttpEngine(arguments.url)]
             refitter = HttpRefit.open(engines, world_size, port=arguments.store_port, run_id=RUN_ID)
             planned = beside.submit(refitter.prepare)
         source = join_source(ModelSource.of_model(model), f"127.0.0.1:{arguments.store_port}", RUN_ID)
         if rank == 0:
             plan = planned.result()
             print(f"plan {plan.digest[:12]}: bulk {plan.bulk_bytes} bytes, misc {plan.misc_bytes} bytes")
-        for version in range(1, NUM_STEPS + 1):
+        for version in range(first, first + NUM_STEPS):
             tokens = torch.randint(0, 256, (4, 16))
             model(input_ids=tokens, labels=tokens).loss.backward()
             optimizer.step()

@@ -17,7 +17,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from refit.service.http_engine import HttpEngine
-from refit.service.http_refit import HttpRefit, join_source
+from refit.service.http_refit import HttpRefit, join_source, next_version
 from refit.transfer.source import ModelSource
 
 NUM_STEPS = 2
@@ -36,13 +36,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.bfloat16)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
 
-    refitter = HttpRefit.open([HttpEngine(arguments.url)], num_train=1)
+    engines = [HttpEngine(arguments.url)]
+    first = next_version(engines)
+    refitter = HttpRefit.open(engines, num_train=1)
     with ThreadPoolExecutor(1) as beside:
         planned = beside.submit(refitter.prepare)
         source = join_source(ModelSource.of_model(model), refitter.store, refitter.run_id)
         plan = planned.result()
         print(f"plan {plan.digest[:12]}: bulk {plan.bulk_bytes} bytes, misc {plan.misc_bytes} bytes")
-        for version in range(1, NUM_STEPS + 1):
+        for version in range(first, first + NUM_STEPS):
             tokens = torch.randint(0, 256, (4, 16))
             model(input_ids=tokens, labels=tokens).loss.backward()
             optimizer.step()

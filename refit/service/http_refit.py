@@ -216,11 +216,11 @@ class HttpRefit:
         return reports
 
     def _require_newer(self, version: int) -> None:
-        """Versions only grow. A stamp that is no number is none of ours."""
-        stamps = {replica: engine.weight_version() for replica, engine in enumerate(self._engines)}
-        for replica, stamp in stamps.items():
-            if stamp.isdigit() and int(stamp) >= version:
-                words = f"versions only grow: server {replica} serves {stamp}, so it cannot go to {version}"
+        """Versions only grow."""
+        for replica, engine in enumerate(self._engines):
+            served = next_version([engine]) - 1
+            if served >= version:
+                words = f"versions only grow: server {replica} serves {served}, so it cannot go to {version}"
                 raise RefitFailed(self._session.control.fail("refit", "coordinator", words))
 
     def _start(self, phase: str, replica: int, call: Callable[[], None]) -> Future[None]:
@@ -346,3 +346,12 @@ def _ended(calls: Sequence[Future[None]]) -> None:
     for failure in failures:
         if failure is not None:
             raise failure
+
+
+def next_version(engines: Sequence[HttpEngine]) -> int:
+    """The first version that all of these servers would take: 1 where none has been refitted since it was started.
+
+    A stamp that is no number is none of ours. Raises TransportError if a server does not answer.
+    """
+    stamps = [engine.weight_version() for engine in engines]
+    return 1 + max((int(stamp) for stamp in stamps if stamp.isdigit()), default=0)

@@ -13,7 +13,7 @@ import torch
 
 from refit.plan import Holding, ParamSpec, PlanOptions, RankManifest, Region, TensorSpec
 from refit.service.http_engine import HttpEngine
-from refit.service.http_refit import HttpRefit, join_source
+from refit.service.http_refit import HttpRefit, join_source, next_version
 from refit.transfer import endpoint
 from refit.transfer.endpoint import Endpoint
 from refit.transfer.errors import RefitFailed, TransportError
@@ -331,3 +331,10 @@ def test_a_server_that_is_not_there_is_an_error_in_time():
     engine = HttpEngine("http://127.0.0.1:9", timeout_s=1.0)
     with pytest.raises(TransportError, match=r"127.0.0.1:9 is not ready after 1 s"):
         engine.wait_ready(1.0)
+
+
+def test_the_next_version_is_above_what_every_server_serves():
+    fresh, old, newer = Receiver(), Receiver(), Receiver()
+    old.version, newer.version = 4, 7
+    assert next_version([fresh]) == 1
+    assert next_version([old, newer, fresh]) == 8
