@@ -153,6 +153,11 @@ def _matrices(run: Run) -> str:
             f"{plan['busiest_link']}, {plan['bound_ratio']:.3f} of the lower bound ({plan['bound_link']})."
         )
         parts.append(f"<p>{html.escape(words)}</p>{_figure(charts.traffic(plan), f'traffic-{number}')}")
+        rows = [
+            (name, str(count), reason) for reason, count, name in plan.get("misc", ())
+        ]  # not in older runs
+        if rows:
+            parts.append(_table(("by broadcast, for example", "tensors", "why"), rows))
     return "".join(parts) or _figure(None, "traffic")
 
 

@@ -26,12 +26,14 @@ from refit.service.grpo.tasks import Task, open_codec
 from refit.service.metrics import JobMetrics, metrics_address
 from refit.service.progress import JobProgress
 from refit.service.record import RunRecord, StepRecord, summarize
+from refit.service.refit_record import misc_by_reason
 from refit.train_side.tiny_models import TINY_MODELS, make_tiny_model
 from refit.transfer.errors import Failure, RefitFailed, TransportError
 from refit.transfer.precision.checkpoint import QUANTIZATIONS, quantize_checkpoint
 
 BUILD_TIMEOUT_S = 600.0
 CONFIG_FILE = "config.json"
+MAX_REASONS = 5  # in the log; all of them are in plans/<digest>.json
 
 
 def run_job(config: JobConfig, command: tuple[str, ...], stream: TextIO) -> dict[str, Any]:
@@ -98,6 +100,8 @@ def running_job(
             f"plan {plan.digest[:12]}: bulk {plan.bulk_bytes} bytes, misc {plan.misc_bytes} bytes, "
             f"{plan.num_train} trainer ranks to {plan.num_gen} generator ranks"
         )
+        for reason, number, name in misc_by_reason(plan)[:MAX_REASONS]:
+            progress.say(f"misc, {number} tensors such as {name}: {reason}")
         yield cluster, coordinator
     finally:
         with _undisturbed():

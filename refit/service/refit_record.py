@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from refit.plan import Plan
+from refit.plan import MISC, Plan
 from refit.plan.cost import Topology, cost_of
 from refit.transfer.endpoint import name_of
 from refit.transfer.protocol import FinishReport
@@ -120,7 +120,10 @@ class RefitRecord:
 
 @dataclass(frozen=True, slots=True)
 class PlanRecord:
-    """What a plan moves over which link, the same for every refit under it. `links`: (source, destination, bytes)."""
+    """What a plan moves over which link, the same for every refit under it. `links`: (source, destination, bytes).
+
+    `misc`: why tensors go by broadcast, as (reason, number of tensors, the first of them), the most frequent first.
+    """
 
     digest: str
     num_train: int
@@ -133,6 +136,7 @@ class PlanRecord:
     bound_link: str
     busiest_link: str
     links: tuple[tuple[int, int, int], ...]
+    misc: tuple[tuple[str, int, str], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,12 +171,23 @@ def record_plan(plan: Plan) -> PlanRecord:
         bulk_bytes=plan.bulk_bytes,
         misc_bytes=plan.misc_bytes,
         num_bulk=kinds.count("bulk"),
-        num_misc=kinds.count("misc"),
+        num_misc=kinds.count(MISC),
         bound_ratio=cost.bound_ratio,
         bound_link=cost.bound_link,
         busiest_link=cost.busiest.name,
         links=tuple((src, dst, num_bytes) for (src, dst), num_bytes in sorted(links.items())),
+        misc=misc_by_reason(plan),
     )
+
+
+def misc_by_reason(plan: Plan) -> tuple[tuple[str, int, str], ...]:
+    """(reason, number of tensors, the first of them by name), the most frequent reason first."""
+    names: dict[str, list[str]] = {}
+    for name, tensor in sorted(plan.tensors.items()):
+        if tensor.kind == MISC:
+            names.setdefault(tensor.reason, []).append(name)
+    rows = [(reason, len(found), found[0]) for reason, found in names.items()]
+    return tuple(sorted(rows, key=lambda row: (-row[1], row[0])))
 
 
 def record_round(plan: PlanRecord, seen: Round) -> RefitRecord:

@@ -10,7 +10,18 @@ from refit.transfer.report import Span
 NUM_TRAIN, NUM_GEN = 2, 2
 LINKS = ((0, 2, 1000), (0, 3, 2000), (1, 2, 3000), (1, 3, 4000))
 PLAN = PlanRecord(
-    "f00d" * 16, NUM_TRAIN, NUM_GEN, 10_000, 64, 20, 2, 1.125, "into gen rank 1", "out of train rank 1", LINKS
+    "f00d" * 16,
+    NUM_TRAIN,
+    NUM_GEN,
+    10_000,
+    64,
+    20,
+    2,
+    1.125,
+    "into gen rank 1",
+    "out of train rank 1",
+    LINKS,
+    (("the whitelist leaves <it> out", 2, "model.norm.weight"),),
 )
 
 

@@ -71,6 +71,10 @@ def test_the_page_tells_of_refits_that_were_not_committed_and_escapes_their_word
     assert "1 of 2 differ" in page.text and "2 equal" in page.text
 
 
+def test_what_goes_by_broadcast_is_named_with_its_reason(page):
+    assert "model.norm.weight\n2\nthe whitelist leaves <it> out" in page.text
+
+
 def test_the_traffic_matrix_shows_each_link(folder):
     run = read_run(folder)
     (plan,) = run.plans.values()

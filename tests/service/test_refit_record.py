@@ -85,6 +85,12 @@ def test_a_discarded_round_says_how_many_digests_differ_and_has_no_finalize():
 def test_the_links_of_a_plan_add_up_to_what_each_rank_sends_and_receives(seed):
     plan = build_plan(*random_world(seed))
     record = record_plan(plan)
+    assert sum(number for _, number, _ in record.misc) == record.num_misc
+    for reason, number, name in record.misc:
+        alike = [
+            each for each, tensor in plan.tensors.items() if tensor.kind == "misc" and tensor.reason == reason
+        ]
+        assert (number, name) == (len(alike), min(alike))
     sent, received = Counter(), Counter()
     for src, dst, num_bytes in record.links:
         assert src < plan.num_train <= dst and num_bytes > 0
