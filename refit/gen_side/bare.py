@@ -18,6 +18,8 @@ from unittest import mock
 import torch
 
 from refit.gen_side.generator import ENVIRONMENT, GenParallel
+from refit.gen_side.requests import forced_logprobs
+from refit.gen_side.worker import prepare_pipeline
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,23 +145,12 @@ class RunningRank:
                 logprobs_mode="raw_logprobs",
             )
         worker = llm.llm_engine.model_executor.driver_worker.worker
+        prepare_pipeline(worker.model_runner)
         return cls(llm, BareWorker(worker.model_runner.get_model(), worker.vllm_config))
 
     def logprobs(self, prompts: Sequence[Sequence[int]]) -> list[list[float]]:
         """Log-probability of every token of each prompt after its first, given those before it."""
-        from vllm import SamplingParams
-
-        sampling = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False)
-        inputs = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
-        outputs = self.llm.generate(inputs, sampling, use_tqdm=False)
-        return [
-            [
-                float(entry[token].logprob)
-                for token, entry in zip(output.prompt_token_ids, output.prompt_logprobs, strict=True)
-                if entry is not None  # the first token has nothing before it
-            ]
-            for output in outputs
-        ]
+        return forced_logprobs(self.llm, prompts)
 
 
 @contextlib.contextmanager

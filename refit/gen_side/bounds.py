@@ -9,6 +9,8 @@ from typing import Any
 
 from refit.transfer.errors import TransportError
 
+CLOSE_S = 20.0
+
 
 def children() -> set[Any]:
     """All processes below this one, as psutil knows them: a process id that is used again is another one."""
@@ -55,3 +57,39 @@ def end_processes(processes: set[Any], grace_s: float = 2.0) -> None:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
     psutil.wait_procs(left, timeout=5.0)
+
+
+def message_queues(llm: Any) -> tuple[Any, ...]:
+    """The queues between the driver and vLLM's workers; none where the only worker lives in this process."""
+    from vllm.v1.executor.multiproc_executor import MultiprocExecutor
+
+    executor = llm.llm_engine.engine_core.engine_core.model_executor
+    if not isinstance(executor, MultiprocExecutor):
+        return ()
+    return (executor.rpc_broadcast_mq, *executor.response_mqs)
+
+
+def shut_down(llm: Any, queues: tuple[Any, ...]) -> None:
+    """vLLM's own shutdown, given CLOSE_S, and the end of its sockets.
+
+    vLLM drops its queues unclosed and then collects garbage. A ZeroMQ context that is found there before its sockets
+    waits for them inside the collector, for ever, and no thread of the process collects anything again. So the queues
+    are kept until vLLM is done, and closed here.
+    """
+
+    def end() -> None:
+        with contextlib.suppress(Exception):  # a closing that fails must not hide why the engine is closed
+            llm.llm_engine.engine_core.shutdown()
+        for socket in _sockets(queues):
+            socket.close(linger=0)
+
+    thread = threading.Thread(target=end, name="refit-close-engine", daemon=True)
+    thread.start()
+    thread.join(CLOSE_S)
+
+
+def _sockets(queues: tuple[Any, ...]) -> list[Any]:
+    import zmq
+
+    owners = [*queues, *(queue._spin_condition for queue in queues if queue._spin_condition is not None)]
+    return [value for owner in owners for value in vars(owner).values() if isinstance(value, zmq.Socket)]

@@ -9,21 +9,20 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from refit.gen_side.bounds import children, deadline, end_processes
-from refit.gen_side.requests import Requests, Sample
+from refit.gen_side.bounds import CLOSE_S, children, deadline, end_processes, message_queues, shut_down
+from refit.gen_side.live import EngineDescription, WorkerFacts, engine_arguments
+from refit.gen_side.requests import Prompt, Requests, Sample, as_input, prompt_logprobs
 from refit.plan.errors import ConfigError
 from refit.transfer.errors import Failure, RefitFailed, TransportError
 from refit.transfer.protocol import decision_key
 from refit.transfer.rendezvous import ControlStore
 
-CLOSE_S = 20.0
 POLL_S = 0.005
 ENVIRONMENT = {
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
@@ -58,6 +57,8 @@ class GenOptions:
     """What an engine is built with. `call_timeout_s` bounds generation; refits carry their own time-out.
 
     `pause` and `kv_cache` say what a commit does to requests under way; see `refit.gen_side.requests`.
+    `sequence_parallel` asks for vLLM's pass, from `sequence_min_tokens` tokens on (None: as vLLM sees fit); whether it
+    runs is in `Generator.describe`. `prompt_embeds`: prompts may be embeddings.
     """
 
     dtype: str = "bfloat16"
@@ -71,6 +72,9 @@ class GenOptions:
     prefix_caching: bool = False
     pause: str = "wait"
     kv_cache: str = "clear"
+    sequence_parallel: bool = False
+    sequence_min_tokens: int | None = None
+    prompt_embeds: bool = False
     call_timeout_s: float = 600.0
 
 
@@ -87,7 +91,7 @@ class Generator:
         self._updating = False
         self._stop_tokens = stop_tokens
         self._children = children
-        self._queues = _message_queues(llm)
+        self._queues = message_queues(llm)
         self._control: ControlStore | None = None
         self._timeout_s = options.call_timeout_s
         self._staged: tuple[int, int] | None = None
@@ -120,15 +124,16 @@ class Generator:
 
     def generate(
         self,
-        prompts: Sequence[Sequence[int]],
+        prompts: Sequence[Prompt],
         num_samples: int,
         max_tokens: int,
         temperature: float,
         seed: int,
     ) -> list[Sample]:
-        """`num_samples` answers to each prompt of token ids, in prompt order. Equal seeds give equal answers.
+        """`num_samples` answers to each prompt, in prompt order. Equal seeds give equal answers.
 
-        May run in a thread of its own beside a refit.
+        A prompt is token ids or, with the option `prompt_embeds`, their embeddings [tokens, hidden]. May run in a
+        thread of its own beside a refit.
         """
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
@@ -147,9 +152,21 @@ class Generator:
             )
             for index in range(len(prompts))
         ]
-        inputs = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
+        inputs = [as_input(prompt) for prompt in prompts]
         with self._bounded("generate", self._options.call_timeout_s):
             return self._requests.answer(inputs, sampling, self._options.call_timeout_s)
+
+    def score(self, prompts: Sequence[Sequence[int]]) -> list[list[float]]:
+        """Log-probability of every token of each prompt after its first, given those before it; all in one batch."""
+        self._require_whole()
+        with self._bounded("score", self._options.call_timeout_s), self._requests.alone():
+            return prompt_logprobs(self._llm, prompts)
+
+    def describe(self) -> EngineDescription:
+        """The layout and the switches of this engine, from the live configuration of its workers."""
+        with self._bounded("describe", self._timeout_s), self._requests.between_steps():
+            found = self._llm.collective_rpc("refit_describe", timeout=self._timeout_s)
+        return EngineDescription.of([WorkerFacts(*facts) for facts in found])
 
     def prepare_refit(self, init_info: dict[str, Any]) -> None:
         """Let every worker describe itself and join the plan. `init_info` as in engine.RefitInitInfo."""
@@ -244,7 +261,7 @@ class Generator:
             self._control.close()
             self._control = None
         if llm is not None:
-            _shut_down(llm, self._queues)
+            shut_down(llm, self._queues)
         end_processes(self._children)
 
     def _receive(self, update_info: dict[str, Any]) -> None:
@@ -332,7 +349,8 @@ def _build_llm(model_dir: str, parallel: GenParallel, options: GenOptions) -> An
         kv_cache_memory_bytes=options.kv_cache_bytes,
         kv_cache_dtype=options.kv_cache_dtype,
         gpu_memory_utilization=options.gpu_memory_utilization,
-        enforce_eager=options.enforce_eager,
+        **engine_arguments(options.sequence_parallel, options.sequence_min_tokens, options.enforce_eager),
+        enable_prompt_embeds=options.prompt_embeds,
         enable_prefix_caching=options.prefix_caching,
         skip_tokenizer_init=True,
         disable_log_stats=True,
@@ -340,42 +358,6 @@ def _build_llm(model_dir: str, parallel: GenParallel, options: GenOptions) -> An
         weight_transfer_config=WeightTransferConfig(backend="refit"),
         worker_extension_cls="refit.gen_side.worker.RefitWorker",
     )
-
-
-def _message_queues(llm: Any) -> tuple[Any, ...]:
-    """The queues between the driver and vLLM's workers; none where the only worker lives in this process."""
-    from vllm.v1.executor.multiproc_executor import MultiprocExecutor
-
-    executor = llm.llm_engine.engine_core.engine_core.model_executor
-    if not isinstance(executor, MultiprocExecutor):
-        return ()
-    return (executor.rpc_broadcast_mq, *executor.response_mqs)
-
-
-def _shut_down(llm: Any, queues: tuple[Any, ...]) -> None:
-    """vLLM's own shutdown, given CLOSE_S, and the end of its sockets.
-
-    vLLM drops its queues unclosed and then collects garbage. A ZeroMQ context that is found there before its sockets
-    waits for them inside the collector, for ever, and no thread of the process collects anything again. So the queues
-    are kept until vLLM is done, and closed here.
-    """
-
-    def shut_down() -> None:
-        with contextlib.suppress(Exception):  # a closing that fails must not hide why the engine is closed
-            llm.llm_engine.engine_core.shutdown()
-        for socket in _sockets(queues):
-            socket.close(linger=0)
-
-    thread = threading.Thread(target=shut_down, name="refit-close-engine", daemon=True)
-    thread.start()
-    thread.join(CLOSE_S)
-
-
-def _sockets(queues: tuple[Any, ...]) -> list[Any]:
-    import zmq
-
-    owners = [*queues, *(queue._spin_condition for queue in queues if queue._spin_condition is not None)]
-    return [value for owner in owners for value in vars(owner).values() if isinstance(value, zmq.Socket)]
 
 
 def _stop_tokens(model_dir: Path) -> tuple[int, ...]:

@@ -18,7 +18,12 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 from refit.transfer.errors import TransportError
+
+type Prompt = Sequence[int] | torch.Tensor
+"""Token ids, or embeddings [tokens, hidden]."""
 
 WAIT, ABORT, KEEP, CLEAR = "wait", "abort", "keep", "clear"
 YIELD_S = 0.001
@@ -112,12 +117,17 @@ class Requests:
                     return
 
     def _run(self, deadline_s: float, timeout_s: float) -> None:
-        while self._open:
-            if time.monotonic() > deadline_s:
-                raise TransportError(f"generate: {len(self._open)} requests are open after {timeout_s:.0f} s")
+        while True:
             if self._num_asking:
                 time.sleep(YIELD_S)  # locks are not fair: without this nobody else would get a turn
             with self._turn:
+                if (
+                    not self._open
+                ):  # outside of a turn, requests that are about to be asked again may be missing
+                    return
+                if time.monotonic() > deadline_s:
+                    late = f"generate: {len(self._open)} requests are open after {timeout_s:.0f} s"
+                    raise TransportError(late)
                 self._step()
 
     @contextlib.contextmanager
@@ -134,6 +144,12 @@ class Requests:
             self._turn.release()
 
     @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """Inside, no request is under way and none is taken: the caller may step the engine himself."""
+        with self._caller, self.between_steps():
+            yield
+
+    @contextlib.contextmanager
     def paused(self, policy: str, kv_cache: str, timeout_s: float) -> Iterator[None]:
         """Inside, the weights may change. Raises TransportError when `wait` has not ended all requests in time."""
         self._admitting.clear()
@@ -143,8 +159,9 @@ class Requests:
             with self.between_steps():
                 core = self._llm.llm_engine.engine_core.engine_core
                 dropped = self._drop() if policy == ABORT else []
-                core.pause_scheduler(KEEP if policy == KEEP else ABORT, clear_cache=kv_cache == CLEAR)
                 try:
+                    self._take_back(core)
+                    core.pause_scheduler(KEEP if policy == KEEP else ABORT, clear_cache=kv_cache == CLEAR)
                     yield
                 finally:
                     core.resume_scheduler()
@@ -165,6 +182,19 @@ class Requests:
                     "refit.pause can be abort or keep"
                 )
             time.sleep(YIELD_S)
+
+    def _take_back(self, core: Any) -> None:
+        """Wait for the batches that the workers still have; their tokens are the old version's.
+
+        A pipeline, and asynchronous scheduling, keep batches under way between two steps. Inside `between_steps`.
+        """
+        from vllm.v1.core.sched.interface import PauseState
+
+        if not core.batch_queue:  # None where each step ends with its own batch
+            return
+        core.scheduler.set_pause_state(PauseState.PAUSED_ALL)  # schedule nothing more
+        while core.batch_queue:
+            self._step()
 
     def _drop(self) -> list[tuple[int, Any, Any]]:
         """Abort what is under way, and forget its tokens; returns what is to be asked again."""
@@ -192,6 +222,48 @@ class Requests:
                 answer.add(part.token_ids, _logprobs(part), version)
             if output.finished:
                 del self._open[output.request_id]
+
+
+def as_input(prompt: Prompt) -> dict[str, Any]:
+    """A prompt as vLLM takes it."""
+    if isinstance(prompt, torch.Tensor):
+        return {"prompt_embeds": prompt}
+    return {"prompt_token_ids": list(prompt)}
+
+
+def prompt_logprobs(llm: Any, prompts: Sequence[Sequence[int]]) -> list[list[float]]:
+    """Log-probability of every token of each prompt after its first, given those before it; all in one batch."""
+    from vllm import SamplingParams
+
+    sampling = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False)
+    outputs = llm.generate([as_input(prompt) for prompt in prompts], sampling, use_tqdm=False)
+    return [
+        [
+            float(entry[token].logprob)
+            for token, entry in zip(output.prompt_token_ids, output.prompt_logprobs, strict=True)
+            if entry is not None  # the first token has nothing before it
+        ]
+        for output in outputs
+    ]
+
+
+def forced_logprobs(llm: Any, prompts: Sequence[Sequence[int]]) -> list[list[float]]:
+    """The same numbers as `prompt_logprobs`, one request per token: its prefix, and no other answer allowed.
+
+    For engines whose ranks run by themselves (external launcher): with pipeline stages vLLM 0.31 hands the scores of a
+    prompt to no rank but the last, while each rank must come to the same answers.
+    """
+    from vllm import SamplingParams
+
+    places = [(prompt, at) for prompt in prompts for at in range(1, len(prompt))]
+    sampling = [
+        SamplingParams(
+            max_tokens=1, temperature=0.0, logprobs=0, allowed_token_ids=[prompt[at]], detokenize=False
+        )
+        for prompt, at in places
+    ]
+    outputs = iter(llm.generate([as_input(prompt[:at]) for prompt, at in places], sampling, use_tqdm=False))
+    return [[_logprobs(next(outputs).outputs[0])[0] for _ in prompt[1:]] for prompt in prompts]
 
 
 def _logprobs(part: Any) -> list[float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import astuple
 from typing import Any
 
 import torch
@@ -23,19 +24,14 @@ class RefitWorker:
         self.weight_transfer_engine.load_rest()
 
     def refit_prepare_pipeline(self) -> None:
-        """The one workaround for PP > 1 on the CPU: vLLM makes this buffer in a dummy run that eager mode skips.
+        """See `prepare_pipeline`."""
+        prepare_pipeline(self.model_runner)
 
-        Later stages receive activations into it; without it their first step asserts. Elsewhere this is a
-        no-op, since the buffer exists.
-        """
-        from vllm.distributed import get_pp_group
+    def refit_describe(self) -> tuple[Any, ...]:
+        """The fields of WorkerFacts: where this worker stands, and which switches are on in its live configuration."""
+        from refit.gen_side.live import worker_facts
 
-        runner = self.model_runner
-        if get_pp_group().is_first_rank or runner.intermediate_tensors is not None:
-            return
-        runner.intermediate_tensors = runner.model.make_empty_intermediate_tensors(
-            batch_size=runner.max_num_tokens, dtype=runner.model_config.dtype, device=runner.device
-        )
+        return astuple(worker_facts(self.vllm_config))
 
     def refit_flip_element(self, param: str, index: int, worker: int | None = None) -> bool:
         """Fault injection for validation: flip one bit of one live element of `worker`, or of every worker.
@@ -69,6 +65,21 @@ class RefitWorker:
         else:
             return False
         return True
+
+
+def prepare_pipeline(runner: Any) -> None:
+    """The one workaround for PP > 1 on the CPU: vLLM makes this buffer in a dummy run that eager mode skips.
+
+    Later stages receive activations into it; without it their first step asserts. Elsewhere this is a no-op, since
+    the buffer exists.
+    """
+    from vllm.distributed import get_pp_group
+
+    if get_pp_group().is_first_rank or runner.intermediate_tensors is not None:
+        return
+    runner.intermediate_tensors = runner.model.make_empty_intermediate_tensors(
+        batch_size=runner.max_num_tokens, dtype=runner.model_config.dtype, device=runner.device
+    )
 
 
 def _flip(tensor: torch.Tensor, index: int) -> None:

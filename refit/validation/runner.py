@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import random
 import secrets
 import socket
@@ -25,6 +24,7 @@ from refit.transfer.protocol import GOLDEN, P2P, decision_key
 from refit.transfer.rendezvous import ControlStore
 from refit.validation import ranks
 from refit.validation.matrix import Case
+from refit.validation.parity import LOGPROB_LIMIT, largest_delta
 from refit.validation.pool import Job, Pool, Result
 from refit.validation.ranks import VERSIONS, Setting, run_id_of
 from refit.validation.weights import make_checkpoint
@@ -35,7 +35,6 @@ CASE_S = 150.0
 SETTLE_S = 1.0
 MEETING_PORTS = (15_000, 32_000)
 BUCKET_BYTES = 1 << 16  # small, so that tiny models take several rounds
-LOGPROB_LIMIT = {"fp32": 5e-5, "bf16": 5e-3}
 PRELOADS = {"train": "refit.train_side.bare:preload", "gen": "refit.gen_side.bare:preload"}
 
 
@@ -160,7 +159,7 @@ class Runner:
         job = Job("the engine of one rank", ranks.run_reference_rank, (setting, self._meeting()))
         wanted = self._collect({"gen": [job]}, self._case_s)[job.who]
         engines = [found[who]["logprobs"] for who in found if who.startswith("gen ")]
-        deltas = [_largest_delta(wanted, mine) for mine in engines if mine is not None]
+        deltas = [largest_delta(wanted, mine) for mine in engines if mine is not None]
         failures = outcome.failures
         limit = LOGPROB_LIMIT[outcome.case.precision]
         if max(deltas) > limit:
@@ -301,15 +300,6 @@ def _failures(found: Mapping[str, Any]) -> Iterator[str]:
     for check, who, text in sorted(rows, key=lambda row: (row[0].rpartition(" ")[2], row[1], row[0])):
         name, _, version = check.rpartition(" ")
         yield f"{who}, version {version}, {name}: {text}"
-
-
-def _largest_delta(wanted: Sequence[Sequence[float]], found: Sequence[Sequence[float]]) -> float:
-    deltas = [
-        abs(a - b)
-        for mine, theirs in zip(wanted, found, strict=True)
-        for a, b in zip(mine, theirs, strict=True)
-    ]
-    return max(deltas) if all(map(math.isfinite, deltas)) else math.inf
 
 
 def _addresses() -> Iterator[str]:

@@ -20,7 +20,7 @@ from refit.transfer.digest import whole_digest
 from refit.transfer.endpoint import Endpoint
 from refit.transfer.errors import Failure
 from refit.transfer.memory import dtype_name
-from refit.transfer.protocol import decision_key
+from refit.transfer.protocol import INPUTS, Inputs, decision_key
 from refit.transfer.rendezvous import ControlStore
 from tests.gen_side.exact import stacked
 
@@ -39,17 +39,21 @@ def manifest_of(params):
 
 
 class Rounds:
-    """Refits of one generator from whole HF tensors. Use as a context manager."""
+    """Refits of one generator from whole HF tensors. Use as a context manager.
 
-    def __init__(self, generator, tensors, num_gen, whitelist=DEFAULT_WHITELIST, bulk="p2p"):
+    `device` is where the trainer's own tensors live: None for the CPU and gloo, else a CUDA device and NCCL."""
+
+    def __init__(self, generator, tensors, num_gen, whitelist=DEFAULT_WHITELIST, bulk="p2p", device=None):
         self.generator = generator
         self.num_gen = num_gen
-        self.params = stacked(tensors)
+        self.params = {name: tensor.to(device or "cpu") for name, tensor in stacked(tensors).items()}
         self.attempt = 0
+        self.reports = {}  # of the last attempt, by joint rank
         self.control = ControlStore.host(run_id=secrets.token_hex(4))
         self.mine = ControlStore.join("127.0.0.1", self.control.port, self.control.run_id)
+        backend = "gloo" if device is None else "nccl"
         terms = Terms(
-            1, num_gen, PlanOptions(bucket_bytes=1 << 20, whitelist=whitelist), "gloo", bulk, 2, TIMEOUT_S
+            1, num_gen, PlanOptions(bucket_bytes=1 << 20, whitelist=whitelist), backend, bulk, 2, TIMEOUT_S
         )
         info = {
             "action": "prepare",
@@ -61,7 +65,7 @@ class Rounds:
         }
         self.pool = ThreadPoolExecutor(2)
         plan = self.pool.submit(agree_on_plan, self.control, terms)
-        endpoint = self.pool.submit(Endpoint.prepare, self.mine, manifest_of(self.params), TIMEOUT_S)
+        endpoint = self.pool.submit(Endpoint.prepare, self.mine, manifest_of(self.params), TIMEOUT_S, device)
         generator.prepare_refit(info)
         self.plan, self.endpoint = plan.result(TIMEOUT_S), endpoint.result(TIMEOUT_S)
 
@@ -94,6 +98,11 @@ class Rounds:
         self.generator.audit(str(self.attempt))
         return [self.control.get(f"audit/{self.attempt}/{rank}", TIMEOUT_S) for rank in range(self.num_gen)]
 
+    def manifests(self):
+        """What each generator rank said it holds, in rank order."""
+        inputs = Inputs.of_message(self.control.get(INPUTS, TIMEOUT_S))
+        return inputs.gen.ranks
+
     def trained_digests(self):
         return {name: f"{whole_digest(tensor):016x}" for name, tensor in self.params.items()}
 
@@ -105,7 +114,8 @@ class Rounds:
         return self.endpoint.put_report()
 
     def _decide(self, version, refuse, fail):
-        reports = collect_reports(self.control, self.plan, self.attempt, version, TIMEOUT_S)
+        self.reports = collect_reports(self.control, self.plan, self.attempt, version, TIMEOUT_S)
+        reports = self.reports
         reason = describe_mismatches(mismatches_of(self.plan, reports)) or refuse
         if fail:
             return self.control.fail("decide", "coordinator", fail)

@@ -59,7 +59,7 @@ def test_both_ranks_hold_what_a_fresh_load_holds_after_two_refits(engine, folder
 
 def test_one_flipped_element_on_one_rank_is_found_on_that_rank(engine, folders):
     generator, parallel = engine
-    layer = 3 if parallel.pipeline > 1 else 0  # one that rank 1 has
+    layer = 3 if parallel.tensor == 1 else 0  # one that rank 1 has
     with Rounds(generator, tensors_of(folders[0]), parallel.num_ranks) as rounds:
         assert rounds.refit(10, tensors_of(folders[1]))
         clean = rounds.audit()

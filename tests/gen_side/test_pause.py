@@ -77,9 +77,24 @@ def test_awaited_requests_end_under_the_old_version(case):
     assert [sample.tokens for sample in samples] == [old.tokens for old in before]
 
 
+class LateTurn:
+    """A turn whose holder is slow to go on when he has given it back, as any thread may be."""
+
+    def __init__(self, turn):
+        self.acquire, self.release = turn.acquire, turn.release
+
+    def __enter__(self):
+        self.acquire()
+
+    def __exit__(self, *_):
+        self.release()
+        time.sleep(0.02)
+
+
 @pytest.mark.slow
-def test_aborted_requests_are_asked_again_under_the_new_version(case):
+def test_aborted_requests_are_asked_again_under_the_new_version(case, monkeypatch):
     generator = case[0]
+    monkeypatch.setattr(generator._requests, "_turn", LateTurn(generator._requests._turn))
     samples, before = refit_amid_answers(case, "abort", "clear", 40)
     assert [sample.spans for sample in samples] == [((41, LONG),)] * 2
     again = generator.generate(PROMPTS, 1, LONG, 0.0, 0)

@@ -1,0 +1,178 @@
+"""Engines of two pipeline stages, alone and with tensor parallelism: what they receive, say and survive."""
+
+import time
+
+import pytest
+
+from refit.gen_side.generator import Generator, GenOptions, GenParallel
+from refit.gen_side.live import NOT_ASKED
+from refit.plan.sequence import SequenceCut
+from tests.gen_side.checkpoints import tensors_of
+from tests.gen_side.parity import (
+    BUILD_S,
+    DTYPES,
+    answers_of,
+    make_lesson,
+    require_parity,
+    two_refits,
+)
+from tests.gen_side.rounds import Rounds
+
+pytestmark = [
+    pytest.mark.slow, pytest.mark.vllm, pytest.mark.processes, pytest.mark.timeout(900),
+]  # fmt: skip
+
+LAYOUTS = {
+    "pp2": (GenParallel(pipeline=2), "tiny-qwen3", "bf16"),
+    "pp2 tp2": (GenParallel(tensor=2, pipeline=2), "tiny-qwen3", "bf16"),
+    "pp2 tp2 fp32": (GenParallel(tensor=2, pipeline=2), "tiny-qwen3", "fp32"),
+    "tp2": (GenParallel(tensor=2), "tiny-qwen3", "bf16"),
+    "pp2 moe": (GenParallel(pipeline=2), "tiny-qwen3-moe", "bf16"),
+}
+PROMPT = [1, 2, 3, 4, 5]
+LONG = 24
+
+
+@pytest.fixture(scope="module")
+def lessons(tmp_path_factory):
+    made = {}
+
+    def get(model, precision):
+        if (model, precision) not in made:
+            folder = tmp_path_factory.mktemp(f"{model}-{precision}")
+            made[model, precision] = make_lesson(folder, model, precision, tensor=2)
+        return made[model, precision]
+
+    return get
+
+
+@pytest.fixture(scope="module", params=LAYOUTS)
+def case(request, lessons):
+    """(name, engine that was asked for sequence parallelism and prompt embeddings, its layout, the lesson)."""
+    parallel, model, precision = LAYOUTS[request.param]
+    lesson = lessons(model, precision)
+    options = GenOptions(
+        dtype=DTYPES[precision], call_timeout_s=60, sequence_parallel=True, prompt_embeds=True
+    )
+    generator = Generator.build(lesson.start, parallel, options, BUILD_S)
+    yield request.param, generator, parallel, lesson
+    generator.close()
+
+
+def test_logprobs_equal_those_of_one_rank_within_the_noise_after_two_refits(case):
+    name, generator, parallel, lesson = case
+    seen = []
+    for index, parity in two_refits(generator, parallel, lesson, first_version=1):
+        require_parity(parity, lesson, name, index)
+        table = tensors_of(lesson.folders[index])["model.embed_tokens.weight"]
+        embeddings = [table[list(prompt)] for prompt in lesson.prompts]
+        by_ids, by_embeddings = answers_of(generator, lesson.prompts), answers_of(generator, embeddings)
+        assert by_embeddings == by_ids, "embeddings of the new version are its token ids"
+        seen.append(by_ids)
+    assert seen[0] != seen[1], "the second refit changed nothing"
+
+
+def test_each_stage_receives_the_bytes_of_its_own_layers_and_no_others(case):
+    _, generator, parallel, lesson = case
+    tensors = tensors_of(lesson.start)
+    with Rounds(generator, tensors, parallel.num_ranks) as rounds:
+        assert rounds.refit(100, tensors)
+        found = [rounds.reports[1 + rank]["bytes_received"] for rank in range(parallel.num_ranks)]
+        wanted = [
+            sum(share(name, tensor, rank, parallel) for name, tensor in tensors.items())
+            for rank in range(parallel.num_ranks)
+        ]
+        print(f"bytes | {parallel} | by rank {found} | model {sum(t.nbytes for t in tensors.values())}")
+        assert found == wanted
+        held = [{tensor.name for tensor in body.tensors} for body in rounds.manifests()]
+        for rank, names in enumerate(held):
+            stages = {stage_of(tensor_name) for tensor_name in names}
+            assert stages == ({rank // parallel.tensor} if parallel.pipeline > 1 else {0, 1})
+
+
+def share(name, tensor, rank, parallel):
+    """Bytes of a tensor that belong on a rank: nothing of the other stage's, all of what is not cut, else its part."""
+    stage, place = divmod(rank, parallel.tensor)
+    if parallel.pipeline > 1 and stage_of(name) != stage:
+        return 0
+    if "norm" in name or name.endswith("mlp.gate.weight"):
+        return tensor.nbytes
+    if "embed" in name or "lm_head" in name:
+        rows = SequenceCut(-(-len(tensor) // 64) * 64, parallel.tensor).rows(
+            place
+        )  # padded to 64 rows, then cut
+        return tensor[rows.start : rows.stop].nbytes
+    return tensor.nbytes // parallel.tensor
+
+
+def stage_of(name):
+    """Of two stages of two layers each."""
+    if name.startswith("model.layers."):
+        return int(name.split(".")[2]) // 2
+    return 0 if name.startswith("model.embed") else 1
+
+
+def test_an_engine_describes_its_live_layout_and_not_what_was_asked_for(case):
+    _, generator, parallel, _ = case
+    found = generator.describe()
+    assert (found.tensor, found.pipeline) == (parallel.tensor, parallel.pipeline)
+    assert found.stages == (((0, 2), (2, 4)) if parallel.pipeline > 1 else ((0, 4),))
+    assert found.prompt_embeds
+    asked = generator._llm.llm_engine.vllm_config.compilation_config.pass_config
+    assert generator._options.sequence_parallel and not found.sequence_parallel
+    assert not asked.enable_sp and found.sequence_off == NOT_ASKED
+
+
+def test_a_batch_that_is_under_way_at_a_commit_counts_as_the_old_versions(case):
+    """A pipeline works on a batch between two steps; its token comes back after the commit."""
+    _, generator, parallel, lesson = case
+    start, changed = (tensors_of(folder) for folder in lesson.folders)
+    requests, core = generator._requests, generator._llm.llm_engine.engine_core.engine_core
+    with Rounds(generator, start, parallel.num_ranks) as rounds, pytest.MonkeyPatch.context() as patch:
+        assert rounds.refit(200, start)
+        patch.setattr(generator, "_stop_tokens", ())
+        patch.setattr(generator, "_options", GenOptions(call_timeout_s=60, pause="keep"))
+        (old,) = generator.generate([PROMPT], 1, LONG, 0.0, 0)
+        run = requests._run
+
+        def refit_when_a_batch_is_under_way(deadline_s, timeout_s):
+            while not requests._answers or (parallel.pipeline > 1 and not under_way(core)):
+                assert time.monotonic() < deadline_s
+                requests._step()
+            patch.setattr(requests, "_run", run)
+            assert rounds.refit(201, changed)
+            run(deadline_s, timeout_s)
+
+        patch.setattr(requests, "_run", refit_when_a_batch_is_under_way)
+        (sample,) = generator.generate([PROMPT], 1, LONG, 0.0, 0)
+        (first, num_old), (second, num_new) = sample.spans
+        assert (first, second, num_old + num_new) == (200, 201, LONG)
+        assert sample.tokens[:num_old] == old.tokens[:num_old]
+        assert sample.logprobs[:num_old] == pytest.approx(old.logprobs[:num_old], abs=1e-6)
+        (again,) = generator.generate([[*PROMPT, *sample.tokens[:num_old]]], 1, num_new, 0.0, 0)
+        assert again.tokens == sample.tokens[num_old:]
+        assert again.logprobs[0] == pytest.approx(sample.logprobs[num_old], abs=0.02), "the new version's own"
+
+
+def under_way(core):
+    return any(scheduled.total_num_scheduled_tokens for _, scheduled, _ in core.batch_queue)
+
+
+def test_an_engine_that_loses_a_worker_of_its_first_stage_ends_in_time_and_leaves_no_process(case):
+    """The last of this module's cases: it ends the engine."""
+    _, generator, _, _ = case
+    everyone = list(generator._children)
+    workers = sorted(
+        (w for w in everyone if "resource_tracker" not in " ".join(w.cmdline())), key=lambda w: w.pid
+    )
+    workers[0].kill()
+    started = time.monotonic()
+    with pytest.raises(Exception, match=r"."):
+        generator.generate([PROMPT], 1, 4, 0.0, 0)
+    assert time.monotonic() - started < 90
+    generator.close()
+    assert not any(is_alive(worker) for worker in everyone)
+
+
+def is_alive(process):
+    return process.is_running() and process.status() != "zombie"
