@@ -46,6 +46,7 @@ from refit.transfer.memory import torch_dtype
 from refit.transfer.rendezvous import ControlStore
 from refit.transfer.report import BulkReport
 from refit.transfer.transport import Parcel
+from refit.transfer.workspace import Workspace
 
 CPU = torch.device("cpu")
 TIMEOUT_S = 300.0
@@ -243,6 +244,7 @@ class Bench:
         dtypes = {spec.name: spec.dtype for spec in manifest.params}
         stages = self.plan.rank_plan(rank).stages
         self.stages = [compile_stage(self.plan, stage, rank, dtypes, CPU) for stage in stages]
+        self.workspaces = [Workspace() for _ in range(NUM_STREAMS)]
         self.gather = GatherBroadcast(self.plan, manifest, self.params, self.all, self.groups.misc)
         self.report = BulkReport()
         self.extra_rss_bytes = 0
@@ -298,9 +300,17 @@ class Bench:
         groups = self.groups.stages
         jobs = [
             StageJob(
-                self.plan, stage, self.rank, self.params, groups[stage.stage], deadline, CPU, with_digests
+                self.plan,
+                stage,
+                self.rank,
+                self.params,
+                groups[stage.stage],
+                deadline,
+                CPU,
+                with_digests,
+                self.workspaces[number % NUM_STREAMS],
             )
-            for stage in self.stages
+            for number, stage in enumerate(self.stages)
         ]
         return run_lanes(jobs, mover, NUM_STREAMS, lambda _: self.groups.abort())
 

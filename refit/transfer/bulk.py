@@ -15,7 +15,7 @@ Extra memory of a call: the slots, at most 2 * bucket_bytes of the plan's option
 import time
 from collections import deque
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -28,15 +28,17 @@ from refit.transfer.memory import as_bytes, strided_box
 from refit.transfer.report import DIGEST, PACK, UNPACK, WIRE, BulkReport, Tally
 from refit.transfer.runs import LiveParams
 from refit.transfer.transport import Parcel, Ticket
+from refit.transfer.workspace import Workspace
 
-MOST_SLOTS = 4
+MOST_SLOTS = 16
 
 
 @dataclass(frozen=True, slots=True)
 class StageJob:
     """One stage's work on one rank: the same input for `bulk.move_stage` and `golden.move_stage`.
 
-    `deadline` is a time.monotonic() value that bounds every wait of the call.
+    `deadline` is a time.monotonic() value that bounds every wait of the call. Jobs that share a `workspace` must not
+    run at the same time.
     """
 
     plan: Plan
@@ -47,6 +49,7 @@ class StageJob:
     deadline: float
     device: torch.device
     with_digests: bool = True
+    workspace: Workspace = field(default_factory=Workspace)
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,9 +102,7 @@ class _StageMover:
         self._bases = _kernel_bases(self._params, job)
         self._sums = torch.zeros(len(stage.sums), dtype=torch.int64, device=job.device)
         self.num_slots = num_slots(stage, job.plan.options.bucket_bytes)
-        self._slots = [
-            torch.empty(stage.slot_bytes, dtype=torch.uint8, device=job.device) for _ in range(self.num_slots)
-        ]
+        self._slots = job.workspace.slots(self.num_slots, stage.slot_bytes, job.device)
         self.tally.peak_extra_bytes = stage.slot_bytes * self.num_slots
 
     def start(self, round_: CompiledRound, slot: int) -> Flight:
@@ -147,8 +148,7 @@ class _StageMover:
     def add_digests(self) -> None:
         """Put the sums of the stage into the tally."""
         if self.job.with_digests:
-            for (tensor, rank), value in zip(self.job.stage.sums, self._sums.tolist(), strict=True):
-                self.tally.add_digest(tensor, rank, value)
+            self.tally.add_digests(self.job.stage.sums, self._sums.tolist())
 
     def _boxed(self, parcel: CompiledParcel, slot: int) -> Boxed:
         if parcel.slot_byte is None:
@@ -163,7 +163,7 @@ class _StageMover:
         if parcel.kernels is not None and self._bases is not None:
             parcel.kernels.copy(self._bases, payload, is_pack)
             return
-        parcel.runs.copy(self._params.addresses, payload.data_ptr(), is_pack)
+        parcel.runs.copy(self._params, payload, is_pack)
         if parcel.boxes:
             typed = _Typed(payload)
             packed = [typed.box(move) for move in parcel.boxes]

@@ -1,25 +1,33 @@
 """An additive, position-weighted 64-bit digest of tensor contents.
 
-With items of `b` bytes, `k = 8 / b` elements of the last dim share one 64-bit word. The element with unsigned bits
-`v` at index `(i_0 .. i_n)` adds, mod 2**64,
+With items of `b` bytes, `k = 8 / b` elements of the last dim share one 64-bit word: element `i_n` is in word
+`i_n div k`, and its bits `v` lie there `s = 8 b (i_n mod k)` bits up, all other bits zero. The element at index
+`(i_0 .. i_n)` adds, mod 2**64,
 
-    (v + 1) * 2**(8 b (i_n mod k)) * h_n(i_n div k) * h_0(i_0) * .. * h_{n-1}(i_{n-1})
+    (fold(v * 2**s) + fold(2**s)) * h_n(i_n div k) * h_0(i_0) * .. * h_{n-1}(i_{n-1})
+
+    fold(w) = w + (w >> 32), the shift arithmetic, of the word as a signed integer
 
 where `h_d` are odd weights (splitmix64 of dim and index). Hence:
 
-* digests of disjoint boxes add up to the digest of their union, whatever the cut and the strides;
-* a change of one element always shows (an odd weight is a unit, and the shift loses no bit of `v`);
+* digests of disjoint boxes add up to the digest of their union, whatever the cut and the strides: a fold of a word is
+  the sum of the folds of its elements, since no element below bit 32 reaches above it;
+* a change of one element always shows: a weight is odd, hence a unit, and a fold loses no bit (of 8 bytes: unless the
+  element goes from one end of the int64 range to the very other, a step of more than 2**64 - 2**33);
 * an element that moves, or two that swap, show, because the weights of two positions differ;
-* a missing box of zeros shows too (`v + 1`).
+* a missing box of zeros shows too, by its `fold(2**s)`.
 
-What it is for: errors, not adversaries. Two contents that differ in element differences `x_j` at places of weight `g_j`
-have one digest if `sum x_j g_j = 0` mod 2**64. Weights are as good as random and odd, so with `2**t` the largest power
-of two that divides all `x_j` (shifts included) this has chance 2**-(63 - t). A wrong, missing, doubled or swapped box
-has t near 0. The worst case is a pair of changes in the last element of two words: t >= 64 - 8 b, and two flipped top
-bits there (t = 63) do cancel.
+What it is for: errors, not adversaries. Two contents whose folded words differ by `x_j` at places of weight `g_j` have
+one digest if `sum x_j g_j = 0` mod 2**64. Weights are as good as random and odd, so with `2**t` the largest power of
+two that divides all `x_j` this has chance 2**-(63 - t). A wrong, missing, doubled or swapped box has t near 0. The fold
+adds the upper half of each word to the lower one, so a bit is never further up than 31: t <= 31 whatever changed, and
+the worst case, flipped top bits of two half words, goes unseen with chance 2**-32. (Without the fold two flipped top
+bits of words have t = 63 and cancel for certain. A mix that is not linear would be stronger, but additive only over
+cuts between whole words, or four times as slow where it mixes each bfloat16 by itself.)
 
-Cost: words that are aligned in memory are read once, by a vector product in int64 (14 GB/s on one core here, where a
-copy makes 9); anything else is first copied, CHUNK_ELEMENTS at a time. `weighing` does whole parcels at once.
+Cost: a word is multiplied twice, in blocks that stay in the cache: 7.6 GB/s on one core here, where a copy in cache
+makes 45 and the product without the fold 20. On a GPU both are less than the read. Words that are not aligned in memory
+are first copied, CHUNK_ELEMENTS at a time. `weighing` does whole parcels at once.
 """
 
 from collections.abc import Sequence
@@ -37,7 +45,9 @@ CHUNK_ELEMENTS = (
     1 << 20
 )  # extra memory of a call is at most 8 bytes per element of one chunk, and its weights
 CACHED_WEIGHTS = 1 << 12  # weight vectors up to this length are kept (1024 of them: at most 32 MiB)
+BLOCK_WORDS = 1 << 16  # 512 KiB: a block and its upper halves fit into a core's second cache
 WORD_BYTES = 8
+FOLD_BITS = 32
 MASK = (1 << 64) - 1
 _GOLDEN, _MIX_1, _MIX_2, _DIM_STEP = (
     0x9E3779B97F4A7C15,
@@ -98,8 +108,9 @@ class Weighing:
 
     def partial(self, bits: Tensor) -> Tensor:
         """The sum over the contents alone, a wrapped int64 scalar on the device: `finish` makes it a digest."""
-        total = _words(bits, self.per_word, self.lead, self.weights[-1].numel())
-        for by in reversed(self.weights):
+        words = _words(bits, self.per_word, self.lead, self.weights[-1].numel())
+        total = dot(words, self.weights[-1]) + dot(words >> FOLD_BITS, self.weights[-1])
+        for by in reversed(self.weights[:-1]):
             total = dot(total, by)
         return total
 
@@ -122,6 +133,26 @@ def _chunk_digest(bits: Tensor, region: Region) -> int:
         return 0
     weighing = Weighing.of(region, bits.element_size(), bits.device)
     return weighing.finish(int(weighing.partial(bits).item()))
+
+
+def row_products(words: Tensor, by: Tensor) -> Tensor:
+    """The product of each folded row of a matrix of words with `by`.
+
+    It is that of the words and that of their upper halves, taken block by block so that the second finds its words
+    in the cache: quicker than to write folded words first.
+    """
+    num_rows, size = words.shape
+    height = max(1, BLOCK_WORDS // size)
+    if num_rows <= height or words.is_cuda:
+        return dot(words, by) + dot(words >> FOLD_BITS, by)
+    upper = torch.empty((height, size), dtype=torch.int64)
+    found = torch.empty((2, num_rows), dtype=torch.int64)
+    for first in range(0, num_rows, height):
+        rows = words[first : first + height]
+        above = torch.bitwise_right_shift(rows, FOLD_BITS, out=upper[: len(rows)])
+        torch.mv(rows, by, out=found[0, first : first + height])
+        torch.mv(above, by, out=found[1, first : first + height])
+    return found[0].add_(found[1])
 
 
 def dot(words: Tensor, by: Tensor) -> Tensor:
@@ -183,10 +214,15 @@ def _ones_along_last(dim: int, per_word: int, start: int, stop: int) -> int:
     first_word, lead = divmod(start, per_word)
     stop_word = -(-stop // per_word)
     kept = per_word - (stop_word * per_word - stop)
-    ones = [1 << (item_bits * j) for j in range(per_word)]
+    ones = [folded_one(item_bits * j) for j in range(per_word)]
     before = sum(ones[:lead]) * _weight_sum(dim, first_word, first_word + 1)
     behind = sum(ones[kept:]) * _weight_sum(dim, stop_word - 1, stop_word)
     return (sum(ones) * _weight_sum(dim, first_word, stop_word) - before - behind) & MASK
+
+
+def folded_one(shift: int) -> int:
+    """`fold(2**shift)`: what an element adds by being there."""
+    return (1 << shift) + (1 << shift >> FOLD_BITS)
 
 
 def signed(value: int) -> int:

@@ -58,6 +58,7 @@ from refit.transfer.protocol import (
 from refit.transfer.rendezvous import ControlStore
 from refit.transfer.report import BulkReport, Span
 from refit.transfer.watch import Watch, silent_ranks
+from refit.transfer.workspace import Workspace
 
 MISC_STAGE = -1  # the stage that spans of the misc path carry
 MISC_CHUNK_BYTES = 64 << 20  # most of one chunk; a smaller bucket_bytes lowers it
@@ -88,6 +89,7 @@ class Endpoint:
         dtypes = {spec.name: spec.dtype for spec in manifest.params}
         stages = plan.rank_plan(self.rank).stages
         self._stages = [compile_stage(plan, stage, self.rank, dtypes, device) for stage in stages]
+        self._workspaces = [Workspace() for _ in range(inputs.num_streams)]
         self._misc_specs = misc_specs(plan)
         self._chunk_bytes = min(MISC_CHUNK_BYTES, inputs.options.bucket_bytes)
         self._attempt = _Attempt(0, 0, 0.0, 0.0, 0.0)
@@ -162,8 +164,9 @@ class Endpoint:
                     self._groups.stages[stage.stage],
                     self._deadline,
                     self._device,
+                    workspace=self._workspaces[number % len(self._workspaces)],
                 )
-                for stage in self._stages
+                for number, stage in enumerate(self._stages)
             ]
             report = run_lanes(jobs, mover, self._inputs.num_streams, self._end_round)
             self._require_all_received(report)

@@ -57,6 +57,16 @@ class Tally:
         sums = self.digests.setdefault(tensor, {})
         sums[dst_rank] = (sums.get(dst_rank, 0) + value) & MASK
 
+    def add_digests(self, keys: Sequence[tuple[str, int]], values: Sequence[int]) -> None:
+        """The same for (tensor, dst_rank) that differ from each other, and wrapped int64."""
+        known = self.digests
+        for (tensor, rank), value in zip(keys, values, strict=True):
+            sums = known.get(tensor)
+            if sums is None:
+                known[tensor] = {rank: value & MASK}
+            else:
+                sums[rank] = (sums.get(rank, 0) + value) & MASK
+
     def clock(self, phase: str, since: float) -> float:
         """Add the seconds since `since` (a time.perf_counter()) to a phase; returns now, the start of the next one."""
         now = time.perf_counter()

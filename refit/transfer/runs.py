@@ -1,9 +1,11 @@
 """Copies between a parcel and the params, as lists of contiguous runs, with addresses worked out per parcel.
 
-On a CPU a run is one memmove. A box of more than MAX_RUNS runs, a cast, and everything on CUDA goes through torch.
+On a CPU a run is one memmove, or a row of an indexed copy where many are of one length. A box of more than MAX_RUNS
+runs, a cast, and everything on CUDA goes through torch.
 """
 
 import ctypes
+from array import array
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,12 +18,11 @@ from torch import Tensor
 from refit.plan import Segment
 from refit.transfer.errors import TransportError
 from refit.transfer.memory import as_bits, torch_dtype
+from refit.transfer.rows import WORD_BYTES, Rows, Run, rows_of
 
 MAX_RUNS = 6  # a box of more is cheaper as one strided copy of torch (5 us) than as memmoves (0.7 us each)
 LONG_RUN_BYTES = 64 << 10  # from here on a copy lets other threads run
-
-
-type _Run = tuple[int, int, int, int]  # position of the param, bytes into it, bytes into the parcel, bytes
+NO_ADDRESSES = torch.empty(0, dtype=torch.int64)
 
 
 class HasRuns(Protocol):
@@ -38,16 +39,21 @@ class HasRuns(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Runs:
-    """Runs between a parcel and params: `params` are positions in the stage's list, the rest is in bytes."""
+class Moves:
+    """Runs that are copied one by one: `params` are positions in the stage's list, the rest is in bytes."""
 
     params: Tensor
     in_param: Tensor
     in_parcel: Tensor
     num_bytes: tuple[int, ...]
 
+    @classmethod
+    def of(cls, runs: Sequence[Run]) -> "Moves":
+        columns = [torch.tensor([run[i] for run in runs], dtype=torch.int64) for i in range(3)]
+        return cls(columns[0], columns[1], columns[2], tuple(run[3] for run in runs))
+
     def copy(self, addresses: Tensor, parcel: int, is_pack: bool) -> None:
-        """Copy all. `addresses` are those of the stage's params, `parcel` that of the parcel; pack: into the parcel."""
+        """Copy all. `addresses` are those of the stage's params, `parcel` that of the parcel."""
         if not self.num_bytes:
             return
         mine = (addresses[self.params] + self.in_param).tolist()
@@ -55,6 +61,36 @@ class Runs:
         targets, sources = (packed, mine) if is_pack else (mine, packed)
         is_small = sum(self.num_bytes) < LONG_RUN_BYTES * len(self.num_bytes)
         deque(map(_memmove if is_small else ctypes.memmove, targets, sources, self.num_bytes), maxlen=0)
+
+
+@dataclass(frozen=True, slots=True)
+class Runs:
+    """All runs of a parcel: `every` one by one, or, where memory is aligned to words, `rows` and the `rest`."""
+
+    every: Moves
+    rows: tuple[Rows, ...]
+    rest: Moves
+
+    @property
+    def num_bytes(self) -> tuple[int, ...]:
+        """Of each run, in the order of the parcel."""
+        return self.every.num_bytes
+
+    def copy(self, live: "LiveParams", payload: Tensor, is_pack: bool) -> None:
+        """Copy all between the params and the parcel that `payload` holds; pack: into the parcel."""
+        parcel = payload.data_ptr()
+        if not (self.rows and live.is_word_aligned and is_word_aligned(payload)):
+            self.every.copy(live.addresses, parcel, is_pack)
+            return
+        words = payload[: payload.numel() // WORD_BYTES * WORD_BYTES].view(torch.int64)
+        for rows in self.rows:
+            rows.copy(live.addresses, words, is_pack)
+        self.rest.copy(live.addresses, parcel, is_pack)
+
+
+def is_word_aligned(payload: Tensor) -> bool:
+    """True if bytes can be seen as 64-bit words."""
+    return payload.data_ptr() % WORD_BYTES == 0 and payload.storage_offset() % WORD_BYTES == 0
 
 
 class RunsInMaking:
@@ -82,7 +118,7 @@ class RunsInMaking:
 
     def of[M: HasRuns](self, moves: Sequence[M]) -> tuple[Runs, tuple[M, ...]]:
         """The runs of these moves, and the moves that are not made of runs."""
-        found: list[_Run] = []
+        found: list[Run] = []
         boxes: list[M] = []
         for move in moves:
             position = self._positions[move.segment.param]
@@ -97,8 +133,8 @@ class RunsInMaking:
         done = sum(run[3] for run in merged) + sum(move.num_bytes for move in boxes)
         planned = sum(move.num_bytes for move in moves)
         assert done == planned, f"copies of {done} bytes are made for a parcel of {planned}"
-        columns = [torch.tensor([run[i] for run in merged], dtype=torch.int64) for i in range(3)]
-        return Runs(columns[0], columns[1], columns[2], tuple(run[3] for run in merged)), tuple(boxes)
+        rows, rest = rows_of(merged)
+        return Runs(Moves.of(merged), rows, Moves.of(rest)), tuple(boxes)
 
 
 class LiveParams:
@@ -118,7 +154,9 @@ class LiveParams:
         if not is_same or any(map(lt, [tensor.nbytes for tensor in tensors], reach_bytes)):
             for (name, dtype), tensor, reach in zip(dtypes.items(), tensors, reach_bytes, strict=True):
                 _require(name, tensor, dtype, reach)
-        self.addresses = torch.tensor([tensor.data_ptr() for tensor in tensors], dtype=torch.int64)
+        pointers = array("q", map(Tensor.data_ptr, tensors))
+        self.addresses = torch.frombuffer(pointers, dtype=torch.int64) if pointers else NO_ADDRESSES
+        self.is_word_aligned = not bool((self.addresses % WORD_BYTES).any())
 
     def values(self, name: str) -> Tensor:
         return self._params[name].detach()
@@ -167,7 +205,7 @@ def _inner_dims(shape: Sequence[int], strides: Sequence[int]) -> int:
     return count
 
 
-def _runs(move: HasRuns, param: int) -> list[_Run] | None:
+def _runs(move: HasRuns, param: int) -> list[Run] | None:
     """Each run of a box; None if there are too many."""
     segment = move.segment
     item_bytes = torch_dtype(segment.wire_dtype).itemsize
@@ -186,9 +224,9 @@ def _runs(move: HasRuns, param: int) -> list[_Run] | None:
     ]
 
 
-def _merged(runs: Sequence[_Run]) -> list[_Run]:
+def _merged(runs: Sequence[Run]) -> list[Run]:
     """Runs that follow each other on both ends are one."""
-    found: list[_Run] = []
+    found: list[Run] = []
     for run in runs:
         if found:
             param, in_param, in_parcel, num_bytes = found[-1]

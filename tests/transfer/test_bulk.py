@@ -2,6 +2,7 @@
 
 import time
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from refit.plan import PlanOptions, build_plan
 from refit.transfer.bulk import MOST_SLOTS, StageJob, move_stage, num_slots
 from refit.transfer.compiled import CompiledRound, CompiledStage, compile_stage
 from refit.transfer.groups import Group
+from refit.transfer.workspace import KEPT_BYTES, Workspace
 from tests.transfer.cases import empty_params, fill_params, make_case, param_dtypes
 
 CPU = torch.device("cpu")
@@ -67,13 +69,25 @@ def test_parcels_on_the_wire_are_not_touched_and_several_rounds_are_under_way(ra
 @dataclass(frozen=True, slots=True)
 class Sized:
     slot_bytes: int
-    rounds: tuple[CompiledRound, ...] = (CompiledRound(0, (), (), 0),) * 10
+    rounds: tuple[CompiledRound, ...] = (CompiledRound(0, (), (), 0),) * 20
 
 
 @pytest.mark.parametrize(
-    ("slot_bytes", "expected"), [(1000, 2), (667, 2), (666, 3), (500, 4), (1, 4), (0, 4)]
+    ("slot_bytes", "expected"), [(1000, 2), (667, 2), (666, 3), (500, 4), (200, 10), (1, 16), (0, 16)]
 )
 def test_as_many_rounds_are_under_way_as_two_buckets_have_room_for(slot_bytes, expected):
     stage: CompiledStage = Sized(slot_bytes)
     assert num_slots(stage, 1000) == expected
     assert num_slots(replace(stage, rounds=stage.rounds[:1]), 1000) == 1
+
+
+def test_slots_do_not_overlap_and_small_ones_keep_their_memory():
+    workspace = Workspace()
+    first = workspace.slots(3, 1000, CPU)
+    spans = sorted((slot.data_ptr(), slot.data_ptr() + slot.numel()) for slot in first)
+    assert [slot.numel() for slot in first] == [1000] * 3
+    assert all(stop <= start and start % 8 == 0 for (_, stop), (start, _) in pairwise(spans))
+    assert workspace.slots(2, 900, CPU)[0].data_ptr() == first[0].data_ptr(), "the same memory again"
+    large = workspace.slots(2, KEPT_BYTES, CPU)
+    assert large[0].numel() == KEPT_BYTES and large[0].data_ptr() != large[1].data_ptr()
+    assert workspace.slots(1, 1000, CPU)[0].data_ptr() == first[0].data_ptr(), "large slots are not kept"

@@ -144,12 +144,10 @@ def test_runs_and_boxes_together_pack_every_element_and_unpack_puts_it_back(foun
     runs, rest = making.of(moves)
     live = LiveParams(params, making.dtypes, making.reach_bytes)
     packed = torch.zeros(end, dtype=torch.uint8)
-    runs.copy(live.addresses, packed.data_ptr(), is_pack=True)
+    runs.copy(live, packed, is_pack=True)
     rest_names = {move.segment.param for move in rest}
     blank = {name: torch.zeros_like(param) for name, param in params.items()}
-    runs.copy(
-        LiveParams(blank, making.dtypes, making.reach_bytes).addresses, packed.data_ptr(), is_pack=False
-    )
+    runs.copy(LiveParams(blank, making.dtypes, making.reach_bytes), packed, is_pack=False)
     for move, (shape, strides, _) in zip(moves, found, strict=True):
         box = strided_box(params[move.segment.param], shape, strides, 3)
         assert is_run(shape, strides) == as_bits(box).is_contiguous() or move.num_bytes == 0

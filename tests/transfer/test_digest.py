@@ -38,11 +38,17 @@ def defined_digest(tensor: torch.Tensor, region: Region) -> int:
     for index in torch.cartesian_prod(*map(torch.tensor, box)).reshape(-1, len(box)).tolist():
         local = tuple(i - start for i, start in zip(index, region.starts, strict=True))
         value = int(bits[local].item()) & ((1 << item_bits) - 1)
-        weight = splitmix(len(box) - 1, index[-1] // per_word) << (item_bits * (index[-1] % per_word))
+        shift = item_bits * (index[-1] % per_word)
+        weight = splitmix(len(box) - 1, index[-1] // per_word)
         for dim, i in enumerate(index[:-1]):
             weight *= splitmix(dim, i)
-        total += (value + 1) * weight
+        total += (fold(value << shift) + fold(1 << shift)) * weight
     return total & MASK
+
+
+def fold(word: int) -> int:
+    signed = word - (1 << 64) if word >> 63 else word
+    return signed + (signed >> 32)
 
 
 def random_tensor(shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> torch.Tensor:
@@ -120,6 +126,31 @@ def test_two_swapped_elements_change_the_digest(shape, dtype, seed, data):
     before = digest(tensor, Region.whole(shape), shape)
     flat[first], flat[second] = flat[second].clone(), flat[first].clone()
     assert digest(tensor, Region.whole(shape), shape) != before
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_same_bit_flipped_in_two_elements_changes_the_digest_whatever_the_bit_and_the_places(dtype):
+    """Without the fold two flipped top bits of words add 2**63 twice, and nothing shows."""
+    tensor = random_tensor((4, 16), dtype, 3)
+    whole = Region.whole((4, 16))
+    before = digest(tensor, whole, (4, 16))
+    num_bytes, item_bytes = tensor.nbytes, tensor.element_size()
+    for byte in range(item_bytes):
+        for bit in (0, 6, 7):
+            for second in range(item_bytes, num_bytes, item_bytes):
+                changed = tensor.clone()
+                raw = as_bits(changed).reshape(-1).view(torch.uint8)
+                raw[byte] ^= 1 << bit
+                raw[second + byte] ^= 1 << bit
+                assert digest(changed, whole, (4, 16)) != before, f"bit {bit} of byte {byte}, and {second}"
+
+
+def test_flipped_signs_of_every_fourth_element_change_the_digest():
+    tensor = random_tensor((8, 64), torch.bfloat16, 4)
+    flipped = tensor.clone()
+    flipped[:, 3::4] *= -1
+    whole = Region.whole((8, 64))
+    assert digest(flipped, whole, (8, 64)) != digest(tensor, whole, (8, 64))
 
 
 def test_a_transposed_matrix_has_another_digest():

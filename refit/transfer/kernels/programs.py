@@ -122,10 +122,16 @@ def copy_kernel(
 
 
 @triton.jit
+def fold(word):
+    """`digest.fold`: the upper half of a word is added to the lower one."""
+    return word + (word >> 32)
+
+
+@triton.jit
 def load_word(address, item, place, mask):
-    """A whole word with 1 added to each item, or one item plus 1 shifted to its place in its word."""
+    """A folded whole word, or a folded item at its place in its word, with what the items add by being there."""
     if item < 0:
-        value = tl.load(address.to(tl.pointer_type(tl.int64)), mask=mask, other=0)
+        word = tl.load(address.to(tl.pointer_type(tl.int64)), mask=mask, other=0)
         ones = tl.full([1], 1, tl.int64)
         if item == -4:
             ones = tl.full([1], 0x100000001, tl.int64)
@@ -133,18 +139,21 @@ def load_word(address, item, place, mask):
             ones = tl.full([1], 0x1000100010001, tl.int64)
         elif item == -1:
             ones = tl.full([1], 0x101010101010101, tl.int64)
-        value += ones
+        value = fold(word) + fold(ones)
     elif item == 1:
         raw = tl.load(address.to(tl.pointer_type(tl.uint8)), mask=mask, other=0).to(tl.int64)
-        value = (raw + 1) << ((place & 7) * 8)
+        shift = ((place & 7) * 8).to(tl.int64)
+        value = fold(raw << shift) + fold((raw * 0 + 1) << shift)
     elif item == 2:
         raw = tl.load(address.to(tl.pointer_type(tl.uint16)), mask=mask, other=0).to(tl.int64)
-        value = (raw + 1) << ((place & 3) * 16)
+        shift = ((place & 3) * 16).to(tl.int64)
+        value = fold(raw << shift) + fold((raw * 0 + 1) << shift)
     elif item == 4:
         raw = tl.load(address.to(tl.pointer_type(tl.uint32)), mask=mask, other=0).to(tl.int64)
-        value = (raw + 1) << ((place & 1) * 32)
+        shift = ((place & 1) * 32).to(tl.int64)
+        value = fold(raw << shift) + fold((raw * 0 + 1) << shift)
     else:
-        value = tl.load(address.to(tl.pointer_type(tl.int64)), mask=mask, other=0) + 1
+        value = fold(tl.load(address.to(tl.pointer_type(tl.int64)), mask=mask, other=0)) + 1
     return tl.where(mask, value, 0)
 
 
