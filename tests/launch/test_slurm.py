@@ -136,6 +136,16 @@ def test_the_main_job_runs_on_two_nodes_by_role_to_its_end_with_audits(
     assert placed in driver
 
 
+@pytest.mark.timeout(1500)
+def test_the_l0_matrix_runs_to_its_end_on_a_node(slurm: dict[str, str], tmp_path: Path) -> None:
+    job = Job(slurm, tmp_path, "--nodes=1", "launch/validate.sub", "--matrix", "l0", "--json")
+    assert job.wait(1300) == 0, job.said()
+    (driver,) = job.logs.glob("driver-*.log")
+    summary = json.loads(driver.read_text().splitlines()[-1])
+    assert summary["failed"] == 0
+    assert summary["passed"] > 0
+
+
 def test_the_drivers_exit_code_is_the_jobs_and_the_token_is_its_owners_alone(
     slurm: dict[str, str], tmp_path: Path
 ) -> None:
@@ -213,13 +223,3 @@ def test_validation_runs_on_each_node_and_its_code_is_the_jobs(slurm: dict[str, 
     assert len(list(job.logs.glob("driver-*.log"))) == 2
     job = Job(slurm, tmp_path, "--nodes=2", "launch/validate.sub", "--no-such-flag")
     assert job.wait(UP_S) == 2, job.said()
-
-
-@pytest.mark.timeout(1500)
-def test_the_l0_matrix_runs_to_its_end_on_a_node(slurm: dict[str, str], tmp_path: Path) -> None:
-    job = Job(slurm, tmp_path, "--nodes=1", "launch/validate.sub", "--matrix", "l0", "--json")
-    assert job.wait(1300) == 0, job.said()
-    (driver,) = job.logs.glob("driver-*.log")
-    summary = json.loads(driver.read_text().splitlines()[-1])
-    assert summary["failed"] == 0
-    assert summary["passed"] > 0
