@@ -49,7 +49,7 @@ def test_a_processor_with_everything_needs_no_words(tmp_path: Path) -> None:
 def test_the_limit_of_a_container_counts_where_it_leaves_less(tmp_path: Path) -> None:
     host = machine_of(tmp_path, proc__meminfo="MemTotal: 99 kB\nMemAvailable: 20000000 kB\n")
     assert machine.memory(host, 8 * GB).state == "ok"
-    files = {"memory.max": str(9 * GB), "memory.current": str(4 * GB)}
+    files = {"memory.max": str(22 * GB), "memory.current": str(17 * GB)}
     (tmp_path / "sys/fs/cgroup").mkdir(parents=True)
     for name, text in files.items():
         (tmp_path / "sys/fs/cgroup" / name).write_text(text + "\n")

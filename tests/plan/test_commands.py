@@ -6,6 +6,8 @@ import sys
 
 import pytest
 
+from refit.commands.tables import show
+
 FRAMEWORKS = ("torch", "ray", "vllm", "megatron", "numpy", "hydra", "omegaconf", "yaml", "transformers")
 LAYOUT = ("--model", "qwen3-4b", "--train", "tp=2,pp=2,dp=1", "--gen", "tp=2,replicas=3")
 KEYS = {
@@ -138,3 +140,9 @@ def test_the_awex_benchmark_runs_tiny_without_awex():
     case = json.loads(done.stdout)["cases"][0]
     assert case.keys() >= {"case", "ours_s", "routes", "send_max_over_mean", "idle_senders"}
     assert case["send_max_over_mean"]["ours"] <= 1.05 and case["idle_senders"]["ours"] == 0
+
+
+def test_brackets_in_a_table_are_text(capsys):
+    show("a[b]", ("x[y]",), [("refit[cpu]",)])
+    shown = capsys.readouterr().out
+    assert all(word in shown for word in ("a[b]", "refit[cpu]"))

@@ -5,12 +5,20 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 
 from refit.plan import build_plan
 from refit.service.record import RefitStepRecord, RunRecord
-from refit.service.refit_record import PlanRecord, RefitRecord, Round, record_plan, record_round
+from refit.service.refit_record import (
+    PlanRecord,
+    RefitRecord,
+    Round,
+    misc_by_reason,
+    record_plan,
+    record_round,
+)
 from refit.transfer.protocol import FinishReport, RefitReport
 from refit.transfer.report import Span
 from tests.plan.worlds import random_world
@@ -99,6 +107,17 @@ def test_the_links_of_a_plan_add_up_to_what_each_rank_sends_and_receives(seed):
     assert sent == sum((+Counter(totals.sent) for totals in plan.totals), Counter())
     assert received == sum((+Counter(totals.received) for totals in plan.totals), Counter())
     assert record.bound_ratio >= 1.0 - 1e-9
+
+
+def test_the_most_frequent_reason_for_a_broadcast_comes_first():
+    kinds = {"c": "rare", "b": "often", "a": "often", "d": None}
+    tensors = {
+        name: SimpleNamespace(kind="bulk" if reason is None else "misc", reason=reason)
+        for name, reason in kinds.items()
+    }
+    assert misc_by_reason(SimpleNamespace(tensors=tensors)) == (("often", 2, "a"), ("rare", 1, "c"))
+    tensors |= {name: SimpleNamespace(kind="misc", reason="rare") for name in "ef"}
+    assert misc_by_reason(SimpleNamespace(tensors=tensors))[0] == ("rare", 3, "c")
 
 
 def test_every_refit_leaves_a_line_and_each_plan_one_file(tmp_path):
