@@ -2,8 +2,9 @@
 
 Version 1: element i of the checkpoint, counted through its tensors in name order, has its address as its value: the
 number i in fp32, the i-th pattern of a normal value in bf16 (32,512 of them, in turn). So a misplaced element names
-where it came from. Version 2: a value in [-0.5, 0.5) that depends on that address alone, so that every rank can compute
-its own part in place, and an engine can run with it.
+where it came from. In fp32 no two elements have the same value, so that a model has at most 2^24 elements. Version 2: a
+value in [-0.5, 0.5) that depends on that address alone, so that every rank can compute its own part in place, and an
+engine can run with it.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from refit.plan import canonical
+from refit.plan import ConfigError, canonical
 from refit.train_side.tiny_models import make_tiny_model, rewrite
 
 EXACT_FLOAT32 = 1 << 24
@@ -27,16 +28,24 @@ _ODD = 2654435761  # Knuth's multiplier: neighbours get values far apart
 def make_checkpoint(
     model: str, overrides: Mapping[str, Any], precision: str, folder: str | Path
 ) -> tuple[str, ...]:
-    """Write version 1 of `model` (a folder, or a name for `make_tiny_model`) into `folder`; its tensor names."""
+    """Write version 1 of `model` (a folder, or a name for `make_tiny_model`) into `folder`; its tensor names.
+
+    Raises ConfigError for an fp32 model whose addresses would not all be different numbers.
+    """
     dtype = "float32" if precision == "fp32" else "bfloat16"
     source: str | Path = model
     if not Path(model).is_dir():
         source = make_tiny_model(model, folder, dtype=dtype, overrides=overrides)
     position = 0
 
-    def number(_: str, old: Tensor) -> Tensor:
+    def number(name: str, old: Tensor) -> Tensor:
         nonlocal position
         first, position = position, position + old.numel()
+        if precision == "fp32" and position > EXACT_FLOAT32:
+            raise ConfigError(
+                f"{model} has {position} elements up to {name}, but fp32 counts exactly to {EXACT_FLOAT32} only: "
+                'use a smaller model, or precision = "bf16"'
+            )
         return _of_address(torch.arange(first, position), precision).reshape(old.shape)
 
     return rewrite(source, folder, number)
@@ -51,7 +60,7 @@ def next_version(values: Tensor, precision: str) -> Tensor:
 
 def _of_address(address: Tensor, precision: str) -> Tensor:
     if precision == "fp32":
-        return (address % EXACT_FLOAT32).to(torch.float32)
+        return address.to(torch.float32)
     patterns = NORMAL_BFLOAT16.start + address % len(NORMAL_BFLOAT16)
     return patterns.to(torch.int16).view(torch.bfloat16)
 

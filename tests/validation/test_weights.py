@@ -2,8 +2,11 @@
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
-from refit.validation.weights import first_difference, next_version
+from refit.plan import ConfigError
+from refit.validation import weights
+from refit.validation.weights import first_difference, make_checkpoint, next_version
 
 TENSORS = {"a.weight": torch.arange(12.0).reshape(3, 4), "b.weight": torch.arange(12.0, 20.0)}
 
@@ -44,3 +47,21 @@ def test_the_next_version_of_a_part_is_the_part_of_the_next_version(precision):
     assert torch.equal(next_version(first[100:200], precision), second[100:200])
     distinct = len(set(second.tolist())) / len(set(first.tolist()))
     assert distinct > (0.999 if precision == "fp32" else 0.75)
+
+
+def test_addresses_that_fp32_cannot_tell_apart_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(weights, "EXACT_FLOAT32", 6)
+    for folder, num_elements in (("fits", 4), ("too large", 5)):
+        (tmp_path / folder).mkdir()
+        sizes = {"a.weight": 2, "b.weight": num_elements}
+        save_file(
+            {name: torch.zeros(size) for name, size in sizes.items()}, tmp_path / folder / "model.safetensors"
+        )
+    make_checkpoint(str(tmp_path / "fits"), {}, "fp32", tmp_path / "made")
+    made = load_file(tmp_path / "made" / "model.safetensors")
+    assert made["a.weight"].tolist() + made["b.weight"].tolist() == [0, 1, 2, 3, 4, 5]
+    with pytest.raises(
+        ConfigError, match=r"too large has 7 elements up to b\.weight, but fp32 counts exactly to 6"
+    ):
+        make_checkpoint(str(tmp_path / "too large"), {}, "fp32", tmp_path / "none")
+    make_checkpoint(str(tmp_path / "too large"), {}, "bf16", tmp_path / "bf16")
