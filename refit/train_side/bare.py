@@ -5,6 +5,7 @@ For validation runs, which need many layouts in little time. Model, loading and 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from refit.train_side.options import TrainOptions, TrainParallel
 
 def preload() -> None:
     """Import what every rank needs (10 to 40 s), in the parent of processes that are to be forked."""
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
     import transformers  # noqa: F401
     from transformers import AutoModelForCausalLM  # noqa: F401
 

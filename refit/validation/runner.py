@@ -74,7 +74,7 @@ class Runner:
         self._pools: dict[str, Pool] = {}
         self._warm: set[str] = set()
         self._checkpoints: dict[str, str] = {}
-        self._addresses = _addresses()
+        self._addresses = meeting_addresses()
         self._meetings: list[str] = []
 
     def __enter__(self) -> Runner:
@@ -302,7 +302,7 @@ def _failures(found: Mapping[str, Any]) -> Iterator[str]:
         yield f"{who}, version {version}, {name}: {text}"
 
 
-def _addresses() -> Iterator[str]:
+def meeting_addresses() -> Iterator[str]:
     """Free ports of the loopback interface, none twice, below those that the kernel gives to outgoing connections."""
     for port in random.sample(range(*MEETING_PORTS), MEETING_PORTS[1] - MEETING_PORTS[0]):
         with socket.socket() as probe:

@@ -4,7 +4,7 @@ import pytest
 
 from refit.plan import Manifest, decode_rank_manifest
 from refit.train_side.options import TrainParallel
-from tests.train_side import ranks
+from tests.train_side import quantized_ranks
 from tests.train_side.test_layouts import check_coverage
 
 pytestmark = [pytest.mark.megatron, pytest.mark.processes, pytest.mark.timeout(300)]
@@ -22,7 +22,11 @@ CASES = {
 def check(trainers, checkpoints, case):
     name, overrides, parallel, form, is_cut = case
     found = trainers.run(
-        ranks.quantized_truth, parallel.world_size, str(checkpoints(name, **overrides)), parallel, form
+        quantized_ranks.quantized_truth,
+        parallel.world_size,
+        str(checkpoints(name, **overrides)),
+        parallel,
+        form,
     )
     for result in found:
         assert result["wrong"] == [] and result["misc"] == [] and result["some"]
@@ -44,7 +48,7 @@ def test_a_jobs_trainer_sends_what_an_fp8_checkpoint_of_its_weights_holds_and_ag
     trainers, checkpoints, tmp_path, name
 ):
     folder = checkpoints(name, num_hidden_layers=2)
-    (found,) = trainers.run(ranks.quantized_refits, 1, str(folder), str(tmp_path / "fp8"))
+    (found,) = trainers.run(quantized_ranks.quantized_refits, 1, str(folder), str(tmp_path / "fp8"))
     assert found["wrong"] == []
     assert set(found["kinds"].values()) == {"bulk"}
     assert sum(tensor.endswith("weight_scale_inv") for tensor in found["kinds"]) == 2 * (4 + 3)
