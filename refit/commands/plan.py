@@ -6,8 +6,9 @@ import time
 from typing import Any
 
 from refit.commands.common import Planned, add_plan_arguments, planned, rank_name
+from refit.commands.misc import by_reason, lines
 from refit.commands.tables import amount, seconds, show
-from refit.plan import RankPlan
+from refit.plan import MISC, Plan, RankPlan
 from refit.plan.cost import Cost, cost_of, max_over_mean_in_stage
 from refit.plan.fanout import FanOut
 
@@ -51,6 +52,7 @@ def _report(done: Planned, cost: Cost, arguments: argparse.Namespace) -> dict[st
         "bulk_bytes": plan.bulk_bytes,
         "misc_bytes": plan.misc_bytes,
         "bulk_share": plan.bulk_bytes / total if total else 1.0,
+        "misc": by_reason(_misc(plan)),
         "manifests_s": round(done.manifests_s, 6),
         "plan_s": round(done.plan_s, 6),
         "rank_plan_s": round(slowest_s, 6),
@@ -75,6 +77,10 @@ def _report(done: Planned, cost: Cost, arguments: argparse.Namespace) -> dict[st
         "fan_out": None if done.fan is None else _fan_out(done.fan, arguments.streams),
         "digest": plan.digest,
     }
+
+
+def _misc(plan: Plan) -> list[tuple[str, str]]:
+    return [(tensor.name, tensor.reason) for tensor in plan.tensors.values() if tensor.kind == MISC]
 
 
 def _fan_out(fan: FanOut, num_streams: int) -> dict[str, Any]:
@@ -123,6 +129,8 @@ def _print(report: dict[str, Any], done: Planned, cost: Cost) -> None:
             ("digest", report["digest"]),
         ],
     )
+    for line in lines(_misc(plan)):
+        print(line)
     show("bytes per rank", ("side", "ranks", "least", "most", "most / mean", "idle"), _sides(cost))
     _print_time(report, done, cost)
     if report["fan_out"] is not None:

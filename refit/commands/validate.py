@@ -2,10 +2,10 @@
 
 import argparse
 import json
-import re
 import sys
 from typing import TYPE_CHECKING
 
+from refit.commands.misc import lines
 from refit.commands.tables import show
 
 if TYPE_CHECKING:
@@ -70,8 +70,8 @@ def _report(matrix: str, outcomes: "tuple[Outcome, ...]") -> None:
     ]
     headings = ("case", "layout", "status", "bulk bytes", "bulk share", "misc", "logprobs", "s")
     show(f"validation matrix {matrix}: two refits a case, compared bit for bit", headings, rows)
-    for reason, names in sorted(_misc_by_reason(outcomes).items()):
-        print(f"not bulk, {reason}: {', '.join(sorted(names))}")
+    for line in lines(pair for outcome in outcomes for pair in outcome.misc):
+        print(line)
     not_run = [
         (outcome.case.name, outcome.case.unrunnable) for outcome in outcomes if outcome.case.unrunnable
     ]
@@ -80,15 +80,6 @@ def _report(matrix: str, outcomes: "tuple[Outcome, ...]") -> None:
     first = next((outcome for outcome in outcomes if outcome.failures), None)
     if first is not None:
         print(f"first failure: {first.case.name}: {first.failures[0]}")
-
-
-def _misc_by_reason(outcomes: "tuple[Outcome, ...]") -> dict[str, set[str]]:
-    """Names of tensors that were not bulk in some case, by reason; the numbers of layers are left out of both."""
-    found: dict[str, set[str]] = {}
-    for outcome in outcomes:
-        for name, reason in outcome.misc:
-            found.setdefault(re.sub(r"\d+", "N", reason), set()).add(re.sub(r"\d+", "N", name))
-    return found
 
 
 def _summary(outcomes: "tuple[Outcome, ...]") -> dict[str, object]:

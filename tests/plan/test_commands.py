@@ -47,6 +47,16 @@ def test_plan_reports_every_promised_key_as_json():
     assert report["bound_s"] <= report["predicted_s"] <= report["predicted_two_streams_s"] * 1.01
 
 
+def test_plan_gives_a_reason_for_every_tensor_that_is_not_bulk():
+    layout = ("--model", "nemotron-h-8b", "--train", "tp=2", "--gen", "tp=4")
+    report = json.loads(refit("plan", *layout, "--json").stdout)
+    assert 0.999 <= report["bulk_share"] < 1 and report["misc_bytes"] > 0
+    ((reason, names),) = report["misc"].items()
+    assert names == ["backbone.layers.N.mixer.A_log"] and "the loader stores -exp(A_log)" in reason
+    (line,) = (line for line in refit("plan", *layout).stdout.splitlines() if line.startswith("not bulk"))
+    assert line == f"not bulk, {reason}: {names[0]}"
+
+
 @pytest.mark.parametrize("without", [FRAMEWORKS, (*FRAMEWORKS, "rich")], ids=["with rich", "without rich"])
 def test_plan_prints_tables_for_people(without):
     done = refit("plan", *LAYOUT, without=without)
