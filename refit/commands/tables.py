@@ -1,6 +1,10 @@
 """Tables for people: with rich where it is installed, plain columns where it is not."""
 
+import sys
 from collections.abc import Sequence
+
+FILE_WIDTH = 160
+"""Columns where no terminal says how wide it is."""
 
 
 def show(title: str, headings: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
@@ -19,7 +23,7 @@ def show(title: str, headings: Sequence[str], rows: Sequence[Sequence[object]]) 
         table.add_column(heading, justify="right" if numeric else "left", overflow="fold")
     for row in text:
         table.add_row(*map(escape, row))
-    Console().print(table)
+    Console(width=None if sys.stdout.isatty() else FILE_WIDTH).print(table)
 
 
 def _plain(title: str, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

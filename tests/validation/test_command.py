@@ -50,5 +50,5 @@ def test_the_large_matrix_passes_bit_for_bit(tmp_path):
     status, _, summary = validate(tmp_path, "--matrix", "l1", timeout_s=2300)
     assert status == 0
     assert summary["passed"] >= 40 and summary["failed"] == 0
-    assert summary["bulk_share_min"] >= 0.99
+    assert summary["bulk_share_min"] >= 0.99 > summary["bulk_share_min_of_unknown_families"] > 0
     assert all(row["reason"] for row in summary["unrunnable"])
