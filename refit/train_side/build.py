@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from refit.train_side import cpu_compat, gtp, lora
+from refit.train_side.hf_folder import quick_lookups
 from refit.train_side.options import LoraOptions, TrainOptions, TrainParallel
 from refit.train_side.provider import configure, none_if_one
 
@@ -103,7 +104,8 @@ def build_model(
     configure(provider, parallel, options)
     if options.lora is not None:
         provider.register_pre_wrap_hook(lora.wrapping(options.lora, options.seed))
-    with cpu_compat.cpu_megatron(), gtp.sharded_after_loading(provider):
+    quick, sharded = quick_lookups(bridge.hf_pretrained), gtp.sharded_after_loading(provider)
+    with cpu_compat.cpu_megatron(), quick, sharded:
         chunks = provider.provide_distributed_model(
             ddp_config=_ddp_config(),
             wrap_with_ddp=trainable,

@@ -29,7 +29,7 @@ from refit.train_side.build import BuiltModel
 from refit.train_side.copies import find_copies
 from refit.train_side.export_changes import refuse_changes
 from refit.train_side.gtp import is_shard, local_param
-from refit.train_side.hf_folder import tensor_shapes
+from refit.train_side.hf_folder import quick_lookups, tensor_shapes
 from refit.train_side.pieces import CannotLowerError, HfTensor, holdings_of
 from refit.train_side.rules import Subject, rules
 
@@ -66,7 +66,8 @@ class LoweredModel:
         from megatron.core.utils import get_model_config
 
         model_bridge, pretrained = model.bridge._model_bridge, model.bridge.hf_pretrained
-        listed = model_bridge.build_conversion_tasks(pretrained, model.chunks)
+        with quick_lookups(pretrained):
+            listed = model_bridge.build_conversion_tasks(pretrained, model.chunks)
         tasks = tuple(task for task in listed if task is not None)
         num_experts = get_model_config(model.chunks[0]).num_moe_experts or 0
         in_folder = tensor_shapes(Path(model_dir))
