@@ -5,8 +5,8 @@ them blindly. With CUDA every function here changes nothing.
 
 What is answered:
 1. `megatron.bridge.peft.lora_layers` imports Transformer Engine unconditionally, and Megatron's Mamba mixer
-   cannot be constructed without mamba_ssm. These modules, and no other, get placeholders while Bridge is
-   imported; all others still see that there is neither.
+   cannot be constructed without mamba_ssm. These modules, and no other, get placeholders (for Mamba, working
+   ones: `local_mamba`) while Bridge is imported; all others still see that there is neither.
 2. `torch.cuda.current_device()` and friends are asked for a device, a stream or a random state.
 3. Tensors are made with `device="cuda"` (default attention mask, token counters, gradient norms).
 4. `CudaRNGStatesTracker.fork` swaps the CUDA generator.
@@ -30,6 +30,8 @@ from unittest import mock
 import torch
 from torch.overrides import TorchFunctionMode
 
+from refit.train_side import local_mamba
+
 SUPPORTED_VERSIONS = {"megatron-core": "0.19.", "megatron-bridge": "0.6."}
 
 
@@ -43,20 +45,6 @@ def require_versions() -> None:
             )
 
 
-def _cuda_only(*_: Any, **__: Any) -> Any:
-    raise NotImplementedError("Mamba layers can be built, loaded and refitted on a CPU, but not run")
-
-
-class _GatedNorm(torch.nn.Module):
-    """Stands for mamba_ssm's gated RMSNorm: the same parameter, no forward."""
-
-    def __init__(self, hidden_size: int, *, device: Any = None, dtype: Any = None, **_: Any) -> None:
-        super().__init__()
-        self.weight = torch.nn.Parameter(torch.ones(hidden_size, device=device, dtype=dtype))
-
-    forward = _cuda_only
-
-
 def _placeholders() -> dict[tuple[str, str], Any]:
     """What `import NAME` gives to MODULE, by (MODULE, NAME), where the package is not installed."""
     engine = types.SimpleNamespace(
@@ -67,12 +55,13 @@ def _placeholders() -> dict[tuple[str, str], Any]:
         )
     )
     kernels = types.SimpleNamespace(
-        mamba_chunk_scan_combined=_cuda_only, mamba_split_conv1d_scan_combined=_cuda_only
+        mamba_chunk_scan_combined=local_mamba.scan_for_inference,
+        mamba_split_conv1d_scan_combined=local_mamba.split_conv1d_scan,
     )
     mixer, triton = "megatron.core.ssm.mamba_mixer", "mamba_ssm.ops.triton"
     wanted = {
         ("megatron.bridge.peft.lora_layers", "transformer_engine.pytorch"): engine,
-        (mixer, f"{triton}.layernorm_gated"): types.SimpleNamespace(RMSNorm=_GatedNorm),
+        (mixer, f"{triton}.layernorm_gated"): types.SimpleNamespace(RMSNorm=local_mamba.GatedNorm),
         (mixer, f"{triton}.ssd_combined"): kernels,
     }
     return {

@@ -90,12 +90,22 @@ def _duplicated_linear() -> type:
 
 
 def _torch_norm(plain: Any) -> Any:
-    """Megatron's choice of a torch norm, and a norm of its own where weights count from one (Gemma, Nemotron)."""
+    """Megatron's choice of a torch norm, and what that lacks.
+
+    A norm of its own where weights count from one (Gemma, Nemotron), and the mark by which Megatron sums the gradients
+    of a weight that each tensor parallel rank sees a part of the sequence with.
+    """
 
     def make(cls: type, config: Any, hidden_size: int, *args: Any, **kwargs: Any) -> Any:
         if config.layernorm_zero_centered_gamma:
-            return ZeroCenteredNorm(hidden_size, kwargs.get("eps", 1e-5), config.normalization == "LayerNorm")
-        return plain(cls, config, hidden_size, *args, **kwargs)
+            centers = config.normalization == "LayerNorm"
+            norm: Any = ZeroCenteredNorm(hidden_size, kwargs.get("eps", 1e-5), centers)
+        else:
+            with mock.patch.object(config, "sequence_parallel", False):
+                norm = plain(cls, config, hidden_size, *args, **kwargs)
+        for param in norm.parameters():
+            param.sequence_parallel = config.sequence_parallel
+        return norm
 
     return make
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -42,14 +43,16 @@ class Microbatch:
 
 
 def split_batch(
-    batch: TrainBatch, num_microbatches: int, data_rank: int, data_size: int
+    batch: TrainBatch, num_microbatches: int, data_rank: int, data_size: int, tensor_size: int = 1
 ) -> tuple[Microbatch, ...]:
     """The microbatches of one data parallel rank. All ranks get the same number and the same [rows, S].
 
-    Sample i goes to rank i % data_size. S is the longest sample, rounded up to a multiple of 8.
+    Sample i goes to rank i % data_size. S is the longest sample, rounded up to a multiple of 8 and of `tensor_size`:
+    tensor parallel ranks may share out the sequence.
     """
     rows = -(-batch.num_samples // (num_microbatches * data_size))
-    length = -(-batch.max_tokens // _LENGTH_MULTIPLE) * _LENGTH_MULTIPLE
+    multiple = math.lcm(_LENGTH_MULTIPLE, tensor_size)
+    length = -(-batch.max_tokens // multiple) * multiple
     mine = list(range(data_rank, batch.num_samples, data_size))
     mine += [-1] * (rows * num_microbatches - len(mine))
     return tuple(

@@ -148,6 +148,7 @@ class PolicyTrainer:
             self._options.num_microbatches,
             parallel_state.get_data_parallel_rank(),
             parallel_state.get_data_parallel_world_size(),
+            parallel_state.get_tensor_model_parallel_world_size(),
         )
         return tuple(microbatch.to(cpu_compat.compute_device()) for microbatch in microbatches)
 

@@ -22,7 +22,6 @@ _CPU_SETTINGS: dict[str, Any] = {
     "moe_grouped_gemm": False,
     "moe_shared_expert_overlap": False,
     "cross_entropy_loss_fusion": False,
-    "sequence_parallel": False,
     "batch_p2p_sync": False,
     "moe_token_dispatcher_type": "allgather",  # "alltoall" wants a CUDA stream
 }
@@ -58,6 +57,8 @@ def _layout(provider: Any, parallel: TrainParallel) -> dict[str, Any]:
         "expert_tensor_parallel_num_weight_shards": parallel.expert_tensor * parallel.expert_gtp,
         "num_layers_in_first_pipeline_stage": parallel.first_stage_layers,
         "num_layers_in_last_pipeline_stage": parallel.last_stage_layers,
+        # Megatron trains experts under tensor parallelism with sequence parallelism only.
+        "sequence_parallel": parallel.tensor > 1 and provider.num_moe_experts is not None,
         "should_pad_vocab": True,
         "make_vocab_size_divisible_by": parallel.vocab_multiple or _largest_divisor(provider.vocab_size),
     }

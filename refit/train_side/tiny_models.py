@@ -75,9 +75,9 @@ def _deepseek_v3(overrides: Mapping[str, Any]) -> Any:
         "intermediate_size": 256,
         "num_key_value_heads": 4,
         "q_lora_rank": 64,
-        "kv_lora_rank": 64,
+        "kv_lora_rank": 512,  # this and the 64 below are the one latent that vLLM's CPU kernel can read
         "qk_nope_head_dim": 32,
-        "qk_rope_head_dim": 32,
+        "qk_rope_head_dim": 64,
         "v_head_dim": 32,
         "n_routed_experts": 8,
         "num_experts_per_tok": 2,
@@ -114,6 +114,10 @@ def _nemotron_h(overrides: Mapping[str, Any]) -> Any:
     return NemotronHConfig(**{**_COMMON, **sizes, **overrides})
 
 
+def _nemotron_h_dense(overrides: Mapping[str, Any]) -> Any:
+    return _nemotron_h({"layers_block_type": ["mamba", "mlp", "mamba", "attention"], **overrides})
+
+
 TINY_MODELS: Mapping[str, Callable[[Mapping[str, Any]], Any]] = MappingProxyType(
     {
         "tiny-qwen3": _qwen3,
@@ -122,6 +126,7 @@ TINY_MODELS: Mapping[str, Callable[[Mapping[str, Any]], Any]] = MappingProxyType
         "tiny-llama": _llama,
         "tiny-deepseek-v3": _deepseek_v3,
         "tiny-nemotron-h": _nemotron_h,
+        "tiny-nemotron-h-dense": _nemotron_h_dense,
     }
 )
 

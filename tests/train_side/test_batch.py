@@ -27,8 +27,9 @@ def test_every_response_token_is_a_target_once_over_all_ranks(prompts, num_micro
     batch = batch_of(prompts, responses)
     found = {}
     for data_rank in range(data_size):
-        microbatches = split_batch(batch, num_microbatches, data_rank, data_size)
+        microbatches = split_batch(batch, num_microbatches, data_rank, data_size, tensor_size=3)
         assert len(microbatches) == num_microbatches
+        assert microbatches[0].length % 3 == microbatches[0].length % 8 == 0
         for part in microbatches:
             assert part.tokens.shape == part.mask.shape == microbatches[0].tokens.shape
             for row, sample in enumerate(part.sample_index):

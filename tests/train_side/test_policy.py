@@ -75,6 +75,36 @@ def test_a_moe_layout_trains_as_one_rank_does(trainers, checkpoints, single_rank
     check_same(results, single_rank("tiny-qwen3-moe"))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "parallel"),
+    [
+        ("tiny-qwen3-moe", TrainParallel(tensor=2)),
+        ("tiny-qwen3-moe", TrainParallel(tensor=2, expert=2)),
+        ("tiny-qwen3-moe", TrainParallel(tensor=2, data=2, expert=2, expert_tensor=2)),
+        ("tiny-deepseek-v3", TrainParallel(tensor=2, expert=2)),
+        ("tiny-deepseek-v3", TrainParallel(pipeline=2, first_stage_layers=1)),
+        ("tiny-nemotron-h", TrainParallel(tensor=2, expert=2)),
+        ("tiny-nemotron-h", TrainParallel(pipeline=2)),
+    ],
+    ids=[
+        "MoE TP2",
+        "MoE TP2 EP2",
+        "MoE TP2 EP2 ETP2",
+        "MLA TP2 EP2",
+        "MLA PP2",
+        "hybrid TP2 EP2",
+        "hybrid PP2",
+    ],
+)
+def test_experts_under_tensor_parallelism_mla_and_mamba_train_as_one_rank_does(
+    trainers, checkpoints, single_rank, name, parallel
+):
+    folder = str(checkpoints(name))
+    results = trainers.run(ranks.two_steps, parallel.world_size, folder, parallel, FP32)
+    check_same(results, single_rank(name))
+
+
 def test_a_step_moves_the_policy_towards_the_advantages_and_away_from_the_reference(single_rank):
     result, batch = single_rank("tiny-qwen3"), ranks.sample_batch()
     gain = sum(
@@ -87,11 +117,20 @@ def test_a_step_moves_the_policy_towards_the_advantages_and_away_from_the_refere
     assert math.isfinite(first["grad_norm"]) and first["grad_norm"] > 0
 
 
-@pytest.mark.parametrize("name", ["tiny-qwen3", "tiny-qwen3-moe"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "tiny-qwen3",
+        "tiny-qwen3-moe",
+        pytest.param("tiny-deepseek-v3", marks=pytest.mark.slow),
+        "tiny-nemotron-h",
+    ],
+)
 def test_logprobs_in_bf16_are_those_of_transformers_on_the_saved_weights(
     trainers, checkpoints, tmp_path, name
 ):
-    parallel = TrainParallel(pipeline=2)
+    num_layers = 3 if name == "tiny-deepseek-v3" else 4
+    parallel = TrainParallel(pipeline=2, first_stage_layers=1 if num_layers % 2 else None)
     found = trainers.run(
         ranks.against_transformers, 2, str(checkpoints(name)), parallel, str(tmp_path / "saved")
     )[0]
