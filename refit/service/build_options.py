@@ -17,6 +17,10 @@ def train_parallel(config: JobConfig) -> TrainParallel:
         pipeline=policy.pipeline_parallel,
         expert=policy.expert_parallel,
         data=policy.data_parallel,
+        virtual_pipeline=policy.virtual_pipeline,
+        expert_tensor=policy.expert_tensor_parallel,
+        first_stage_layers=policy.first_stage_layers,
+        last_stage_layers=policy.last_stage_layers,
     )
 
 

@@ -25,13 +25,20 @@ class PolicyConfig:
 
     With `lora_rank` above 0 the weights are frozen and adapters of that rank and of strength `lora_alpha / lora_rank`
     learn, around the layers that `lora_targets` names in Megatron's words.
+
+    `first_stage_layers` and `last_stage_layers` make those stages of the pipeline longer or shorter than an even share
+    (None), `virtual_pipeline` cuts each stage into that many parts, which take turns.
     """
 
     model: str = "tiny-qwen3"
     tensor_parallel: int = 1
     pipeline_parallel: int = 2
     expert_parallel: int = 1
+    expert_tensor_parallel: int = 1
     data_parallel: int = 1
+    virtual_pipeline: int = 1
+    first_stage_layers: int | None = None
+    last_stage_layers: int | None = None
     precision: str = "bf16"
     lr: float = 1e-3
     clip_ratio: float = 0.2

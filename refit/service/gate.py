@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from refit.plan.errors import ConfigError
+from refit.service import gate_layouts
 from refit.service.config import JobConfig
 from refit.service.gate_lora import lora
 from refit.service.gate_model import read_facts
@@ -28,14 +29,22 @@ def check(config: JobConfig, model_config: Mapping[str, Any] | None, environment
 
     `model_config` is what `read_model_config` found; None stands for a folder without a readable config.
     """
-    case = Case(config, None if model_config is None else read_facts(model_config), environment)
-    found = list(sizes(case)) or [
-        violation for rule in (*RULES, precisions, lora) for violation in rule(case)
-    ]
+    case = _case(config, model_config, environment)
+    rules = (*RULES, gate_layouts.stages, gate_layouts.experts, precisions, lora)
+    found = list(sizes(case)) or [violation for rule in rules for violation in rule(case)]
     if found:
         lines = "".join(f"\n  - {violation}" for violation in found)
         word = "setting" if len(found) == 1 else "settings"
         raise ConfigError(f"{len(found)} {word} cannot work; nothing was started{lines}")
+
+
+def _case(config: JobConfig, model_config: Mapping[str, Any] | None, environment: Environment) -> Case:
+    if model_config is None:
+        return Case(config, None, environment)
+    try:
+        return Case(config, read_facts(model_config), environment)
+    except ConfigError as error:
+        return Case(config, None, environment, unknown=str(error))
 
 
 def read_model_config(model: str) -> dict[str, Any] | None:

@@ -1,77 +1,113 @@
-"""What the gate reads from an HF config: the sizes that parallelism cuts, and forms that are not supported."""
+"""What the gate reads from an HF config: the sizes that parallelism cuts, and forms that are not supported.
+
+The parts of the model are the planner's, which describes every family; nothing about a family is repeated here.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
-MODEL_TYPES = ("qwen2", "qwen3", "qwen3_moe", "llama")
-_NUM_EXPERTS_KEYS = ("num_experts", "num_local_experts", "n_routed_experts")
-_REQUIRED = ("num_hidden_layers", "num_attention_heads", "hidden_size", "intermediate_size", "vocab_size")
+from refit.plan import ConfigError
+from refit.plan.synth.config import model_from_config
+from refit.plan.synth.modules import Attention, Experts, LatentDown, Mamba, Mlp, Model, Module, shapes
+
+MODEL_TYPES = ("qwen2", "qwen3", "qwen3_moe", "llama", "mistral", "deepseek_v3", "nemotron_h")
+CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
+CPU_LATENT_SIZES = (512, 64)
+"""Elements per token that MLA caches, without and with a position: the one pair that vLLM's CPU kernel is made for."""
 
 
 @dataclass(frozen=True, slots=True)
 class ModelFacts:
-    """Sizes of a model. `mlp_widths` are (what, width) that tensor parallelism cuts, `problems` (problem, remedy)."""
+    """Sizes of a model. `widths` and `expert_widths` are (what, size) that tensor parallelism cuts.
+
+    `problems` and `cpu_problems` are (problem, remedy); the latter hold where there is no CUDA.
+    """
 
     num_layers: int
     num_heads: int
     num_kv_heads: int
     head_size: int
     num_experts: int
-    mlp_widths: tuple[tuple[str, int], ...]
+    widths: tuple[tuple[str, int], ...]
+    expert_widths: tuple[tuple[str, int], ...]
+    is_hybrid: bool
     max_positions: int | None
     num_params: int
     problems: tuple[tuple[str, str], ...]
+    cpu_problems: tuple[tuple[str, str], ...]
 
 
-def read_facts(config: Mapping[str, Any]) -> ModelFacts | None:
-    """None if the config lacks a size that every supported family states."""
-    if not all(isinstance(config.get(key), int) for key in _REQUIRED):
-        return None
-    num_heads, hidden_size = config["num_attention_heads"], config["hidden_size"]
-    num_kv_heads = config.get("num_key_value_heads") or num_heads  # absent or null: one per attention head
-    head_size = config.get("head_dim") or hidden_size // num_heads  # absent or null: what the heads leave
-    is_moe = str(config.get("model_type", "")).endswith("_moe")
-    num_experts = next((int(config[key]) for key in _NUM_EXPERTS_KEYS if config.get(key)), 0) if is_moe else 0
-    width = int(config["moe_intermediate_size"]) if num_experts else int(config["intermediate_size"])
-    what = "expert width" if num_experts else "MLP width"
+def read_facts(config: Mapping[str, Any]) -> ModelFacts:
+    """Raises ConfigError for a family that is not supported, or a size that the family needs and `config` lacks."""
+    if config.get("model_type") not in MODEL_TYPES:
+        raise ConfigError(
+            f"its model_type {config.get('model_type')!r} is not supported yet; {', '.join(MODEL_TYPES)} are"
+        )
+    model = model_from_config("the model", config)
+    parts = [*model.first, *(part for layer in model.layers for part in layer), *model.last]
+    experts = [part for part in parts if isinstance(part, Experts)]
+    num_heads = int(config["num_attention_heads"])
+    attention = next((part for part in parts if isinstance(part, Attention)), None)
     return ModelFacts(
-        num_layers=config["num_hidden_layers"],
+        num_layers=len(model.layers),
         num_heads=num_heads,
-        num_kv_heads=num_kv_heads,
-        head_size=head_size,
-        num_experts=num_experts,
-        mlp_widths=((what, width),),
+        num_kv_heads=attention.num_kv_heads if attention else num_heads,
+        head_size=attention.head_size if attention else int(config.get("v_head_dim", 0)),
+        num_experts=experts[0].num_experts if experts else 0,
+        widths=tuple(dict.fromkeys(pair for part in parts for pair in _widths(part))),
+        expert_widths=tuple(dict.fromkeys(("expert width", part.size) for part in experts)),
+        is_hybrid=any(isinstance(part, Mamba) for part in parts),
         max_positions=config.get("max_position_embeddings"),
-        num_params=_num_params(config, num_heads, num_kv_heads, head_size, max(1, num_experts) * width),
+        num_params=_num_params(parts),
         problems=tuple(_problems(config)),
+        cpu_problems=tuple(_cpu_problems(model, config)),
     )
 
 
-def _num_params(
-    config: Mapping[str, Any], num_heads: int, num_kv_heads: int, head_size: int, mlp_width: int
-) -> int:
-    """Matrices only; one-dimensional weights are lost in the estimate's margin."""
-    hidden = int(config["hidden_size"])
-    attention = hidden * head_size * 2 * (num_heads + num_kv_heads)
-    embeddings = (1 if config.get("tie_word_embeddings") else 2) * int(config["vocab_size"]) * hidden
-    return int(config["num_hidden_layers"]) * (attention + 3 * hidden * mlp_width) + embeddings
+def _widths(part: Module) -> Iterator[tuple[str, int]]:
+    match part:
+        case Mlp():
+            yield "MLP width", part.size
+        case Mamba():
+            yield "number of Mamba heads", part.num_heads
+            yield "number of Mamba groups", part.num_groups
+        case _:
+            return
 
 
-def _problems(config: Mapping[str, Any]) -> list[tuple[str, str]]:
-    found = []
-    if config.get("model_type") not in MODEL_TYPES:
-        problem = f"its model_type {config.get('model_type')!r} is not supported yet"
-        found.append((problem, f"Use a model of type {', '.join(MODEL_TYPES)}"))
+def _num_params(parts: list[Module]) -> int:
+    """Tied embeddings count once: both are the tensor of that name."""
+    tensors = {name: shape for part in parts for name, (shape, _) in shapes(part).items()}
+    return sum(map(prod, tensors.values()))
+
+
+def _problems(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     if config.get("quantization_config"):
-        found.append(
-            ("the checkpoint is quantized", "Use its bf16 original; quantized refits are not supported yet")
-        )
+        yield "the checkpoint is quantized", "Use its bf16 original; quantized refits are not supported yet"
     end = config.get("eos_token_id")
     if not isinstance(end, int) and not (isinstance(end, list) and end):
-        found.append(
-            (f"its eos_token_id is {end!r}, so no answer would end", "Name the end token in config.json")
-        )
-    return found
+        yield f"its eos_token_id is {end!r}, so no answer would end", "Name the end token in config.json"
+
+
+def _cpu_problems(model: Model, config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """What vLLM 0.31 has no kernel for on a CPU."""
+    parts = {type(part): part for layer in model.layers for part in layer}
+    attention, experts = parts.get(Attention), parts.get(Experts)
+    if isinstance(attention, Attention) and attention.head_size not in CPU_HEAD_SIZES:
+        sizes = ", ".join(map(str, CPU_HEAD_SIZES))
+        problem = f"its head size {attention.head_size} has no attention kernel in vLLM on a CPU"
+        yield problem, f"Use a model with one of {sizes}"
+    if LatentDown in parts:
+        latent = config["kv_lora_rank"], config["qk_rope_head_dim"]
+        if latent != CPU_LATENT_SIZES:
+            problem = (
+                f"its MLA caches {latent[0]} + {latent[1]} elements, for which vLLM has no kernel on a CPU"
+            )
+            yield problem, "Use a model with kv_lora_rank 512 and qk_rope_head_dim 64"
+    if isinstance(experts, Experts) and not experts.gated:
+        problem = "vLLM has no kernel on a CPU for experts without a gate (it refuses is_act_and_mul=False)"
+        yield problem, "Use a model without experts, or with gated ones; a validation run refits such engines"

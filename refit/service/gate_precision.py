@@ -33,7 +33,7 @@ def _whole_blocks(model: ModelFacts, tp: int) -> Iterator[Violation]:
     """vLLM's fused layers need each rank's rows of every part to be whole FP8 blocks."""
     heads_per_rank = {"attention": model.num_heads // tp, "KV": max(1, model.num_kv_heads // tp)}
     rows = [(f"{what} rows", heads * model.head_size) for what, heads in heads_per_rank.items()]
-    for what, size in (*rows, *((name, width // tp) for name, width in model.mlp_widths)):
+    for what, size in (*rows, *((name, width // tp) for name, width in model.widths + model.expert_widths)):
         if size % BLOCK[0]:
             problem = f"with FP8 blocks of {BLOCK[0]}, a rank's {size} of {what} are no whole blocks"
             remedy = "Lower it, use another model, or generation.precision=bf16"

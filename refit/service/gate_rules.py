@@ -20,7 +20,6 @@ GEN_PRECISIONS = (*PRECISIONS, *QUANTIZATIONS)
 BACKENDS = ("gloo", "nccl")
 BULKS = ("p2p", "golden")
 PLACEMENTS = ("PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD")
-CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 MIN_BUFFER_BYTES = 2**16
 MAX_STREAMS = 32
 GIB = 2**30
@@ -29,6 +28,8 @@ AT_LEAST_ONE = {
         "tensor_parallel",
         "pipeline_parallel",
         "expert_parallel",
+        "expert_tensor_parallel",
+        "virtual_pipeline",
         "data_parallel",
         "num_microbatches",
     ),
@@ -70,11 +71,12 @@ class Violation:
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """What the rules look at. `model` is None when the folder holds no readable model."""
+    """What the rules look at. `model` is None when the folder holds no model that is known: `unknown` says why."""
 
     config: JobConfig
     model: ModelFacts | None
     environment: Environment
+    unknown: str = ""
 
     @property
     def on_cpu(self) -> bool:
@@ -153,10 +155,7 @@ def model_folder(case: Case) -> Iterator[Violation]:
         yield Violation("policy.model", model, "there is no such folder", remedy)
     elif case.model is None:
         yield Violation(
-            "policy.model",
-            model,
-            "its config.json is missing, is not JSON, or lacks the sizes of a decoder model",
-            remedy,
+            "policy.model", model, case.unknown or "its config.json is missing or is not JSON", remedy
         )
     elif not any(folder.glob("*.safetensors")):
         yield Violation("policy.model", model, "it holds no .safetensors file", remedy)
@@ -222,10 +221,10 @@ def heads(case: Case) -> Iterator[Violation]:
         return
     model = case.model
     sides = (
-        ("policy", case.config.policy.tensor_parallel),
-        ("generation", case.config.generation.tensor_parallel),
+        ("policy", case.config.policy.tensor_parallel, model.widths),
+        ("generation", case.config.generation.tensor_parallel, model.widths + model.expert_widths),
     )
-    for section, tp in sides:
+    for section, tp, widths in sides:
         key = f"{section}.tensor_parallel"
         if model.num_heads % tp:
             remedy = f"Use a divisor of {model.num_heads}"
@@ -237,39 +236,11 @@ def heads(case: Case) -> Iterator[Violation]:
                 f"it neither divides nor is a multiple of the {model.num_kv_heads} KV heads of the model"
             )
             yield Violation(key, tp, problem, f"Use a divisor or a multiple of {model.num_kv_heads}")
-        for what, width in model.mlp_widths:
+        for what, width in widths:
             if width % tp:
                 yield Violation(
                     key, tp, f"it does not divide the {what} of {width}", f"Use a divisor of {width}"
                 )
-    if case.on_cpu and model.head_size not in CPU_HEAD_SIZES:
-        problem = f"its head size {model.head_size} has no attention kernel in vLLM on a CPU"
-        sizes_ = ", ".join(map(str, CPU_HEAD_SIZES))
-        yield Violation(
-            "policy.model", case.config.policy.model, problem, f"Use a model with one of {sizes_}"
-        )
-
-
-def layers(case: Case) -> Iterator[Violation]:
-    """Pipeline stages get whole layers, as many each."""
-    if case.model is None:
-        return
-    num_layers = case.model.num_layers
-    pp = case.config.policy.pipeline_parallel
-    if pp > num_layers:
-        yield Violation(
-            "policy.pipeline_parallel",
-            pp,
-            f"the model has {num_layers} layers, some stages would be empty",
-            f"Use at most {num_layers}",
-        )
-    elif num_layers % pp:
-        yield Violation(
-            "policy.pipeline_parallel",
-            pp,
-            f"it does not divide the {num_layers} layers of the model",
-            f"Use a divisor of {num_layers}",
-        )
 
 
 def model_form(case: Case) -> Iterator[Violation]:
@@ -277,7 +248,7 @@ def model_form(case: Case) -> Iterator[Violation]:
     if case.model is None:
         return
     model, name = case.model, case.config.policy.model
-    for problem, remedy in model.problems:
+    for problem, remedy in (*model.problems, *(model.cpu_problems if case.on_cpu else ())):
         yield Violation("policy.model", name, problem, remedy)
     wanted = case.config.generation.max_model_len
     if model.max_positions is not None and wanted > model.max_positions:
@@ -290,7 +261,7 @@ def model_form(case: Case) -> Iterator[Violation]:
 
 
 def experts(case: Case) -> Iterator[Violation]:
-    """Expert parallelism needs experts, even cuts and ranks to reuse; some of it does not run here."""
+    """Expert parallelism needs experts and even cuts; some of it does not run here."""
     if case.model is None:
         return
     policy, settings, num_experts = case.config.policy, case.config.generation, case.model.num_experts
@@ -302,21 +273,6 @@ def experts(case: Case) -> Iterator[Violation]:
             yield Violation(
                 key, ep, f"it does not divide the {num_experts} experts", f"Use a divisor of {num_experts}"
             )
-    ranks = policy.tensor_parallel * policy.data_parallel
-    if ranks % policy.expert_parallel:
-        yield Violation(
-            "policy.expert_parallel",
-            policy.expert_parallel,
-            f"experts are cut over the {ranks} ranks of tensor times data parallelism, which it does not divide",
-            f"Set policy.data_parallel so that the product is a multiple of {policy.expert_parallel}",
-        )
-    if num_experts and policy.tensor_parallel > 1:
-        yield Violation(
-            "policy.tensor_parallel",
-            policy.tensor_parallel,
-            "Megatron trains experts under tensor parallelism only with sequence parallelism, which is off here",
-            "Use policy.tensor_parallel=1 with expert, pipeline or data parallelism",
-        )
     yield from _generator_experts(case)
 
 
@@ -387,10 +343,9 @@ RULES: tuple[Rule, ...] = (
     model_folder,
     model_form,
     heads,
-    layers,
     experts,
     generation,
     grpo,
     machine,
 )
-"""All rules but `sizes`, which holds before any of them may divide."""
+"""All rules of this file but `sizes`, which holds before any of them may divide."""

@@ -20,7 +20,8 @@ EIGHT_GPUS = dataclasses.replace(LAPTOP, num_cuda_devices=8)
 @pytest.fixture(scope="module")
 def models():
     """The HF configs that `policy.model` names, read once: transformers takes seconds to import."""
-    return {name: read_model_config(name) for name in ("tiny-qwen3", "tiny-qwen3-moe")}
+    names = ("tiny-qwen3", "tiny-qwen3-moe", "tiny-deepseek-v3", "tiny-nemotron-h", "tiny-nemotron-h-dense")
+    return {name: read_model_config(name) for name in names}
 
 
 def refuse(models, overrides, environment=LAPTOP, name="default", **changes):
@@ -33,6 +34,7 @@ def refuse(models, overrides, environment=LAPTOP, name="default", **changes):
 
 
 MOE = "policy.model=tiny-qwen3-moe"
+HYBRID = "policy.model=tiny-nemotron-h-dense"
 ONE_STAGE = "policy.pipeline_parallel=1"
 
 REFUSALS = [
@@ -94,7 +96,32 @@ REFUSALS = [
     (["policy.expert_parallel=2"], ["policy.expert_parallel = 2", "no experts"]),
     ([MOE, "policy.expert_parallel=3", "policy.data_parallel=3"], ["does not divide the 8 experts"]),
     ([MOE, "policy.expert_parallel=2"], ["policy.expert_parallel = 2", "1 ranks", "policy.data_parallel"]),
-    ([MOE, "policy.tensor_parallel=2", ONE_STAGE], ["policy.tensor_parallel = 2", "sequence parallelism"]),
+    (["policy.first_stage_layers=4"], ["policy.first_stage_layers = 4", "leaves 0 of 4 layers to 1 other"]),
+    (["policy.last_stage_layers=0"], ["policy.last_stage_layers = 0", "leaves 4 of 4 layers to 1 other"]),
+    ([ONE_STAGE, "policy.first_stage_layers=1"], ["policy.first_stage_layers = 1", "there is one stage"]),
+    (
+        ["policy.pipeline_parallel=3", "policy.first_stage_layers=1"],
+        ["policy.first_stage_layers = 1", "leaves 3 of 4 layers to 2 other stages"],
+    ),
+    (["policy.virtual_pipeline=3"], ["policy.virtual_pipeline = 3", "the 2 layers of a stage"]),
+    ([ONE_STAGE, "policy.virtual_pipeline=2"], ["policy.virtual_pipeline = 2", "there is one"]),
+    (
+        ["policy.virtual_pipeline=2", "policy.num_microbatches=3"],
+        ["policy.num_microbatches = 3", "a multiple of 2"],
+    ),
+    (
+        ["policy.virtual_pipeline=2", "policy.first_stage_layers=1"],
+        ["policy.virtual_pipeline = 2", "not validated"],
+    ),
+    (["policy.expert_tensor_parallel=2"], ["policy.expert_tensor_parallel = 2", "no experts", "1 ranks"]),
+    (
+        [MOE, "policy.expert_tensor_parallel=3", "policy.data_parallel=3"],
+        ["policy.expert_tensor_parallel = 3", "expert width of 128"],
+    ),
+    ([HYBRID, "policy.first_stage_layers=1"], ["policy.first_stage_layers = 1", "equal length only"]),
+    ([HYBRID, "policy.virtual_pipeline=2"], ["policy.virtual_pipeline = 2", "Mamba hybrid"]),
+    ([HYBRID, "policy.tensor_parallel=3"], ["number of Mamba heads of 8", "number of Mamba groups of 4"]),
+    (["policy.model=tiny-nemotron-h"], ["tiny-nemotron-h", "experts without a gate", "is_act_and_mul"]),
     ([MOE, "generation.expert_parallel=2"], ["generation.expert_parallel = 2", "crashes", "Use 1"]),
     (["generation.pipeline_parallel=2"], ["generation.pipeline_parallel = 2", "without CUDA"]),
     (["generation.temperature=0.7"], ["generation.temperature = 0.7", "Use 1.0"]),
@@ -125,7 +152,8 @@ MODEL_REFUSALS = [
     ({"model_type": "gpt2"}, ["model_type 'gpt2'", "qwen3"]),
     ({"quantization_config": {"quant_method": "fp8"}}, ["quantized", "bf16"]),
     ({"eos_token_id": None}, ["eos_token_id is None"]),
-    ({"num_hidden_layers": None}, ["config.json", "lacks the sizes"]),
+    ({"num_hidden_layers": None}, ["policy.model", "num_hidden_layers is None; an integer is needed"]),
+    ({"model_type": "deepseek_v3"}, ["policy.model", "kv_lora_rank is None; an integer is needed"]),
     ({"intermediate_size": 251}, ["generation.tensor_parallel = 2", "MLP width of 251"]),
     ({"num_attention_heads": 12, "num_key_value_heads": 3}, ["generation.tensor_parallel = 2", "3 KV heads"]),
 ]
@@ -189,6 +217,31 @@ def test_what_only_a_cpu_cannot_do_passes_with_devices(models):
         ["generation.expert_parallel=2", "refit.backend=nccl", "generation.pipeline_parallel=2"],
     )
     check(config, models["tiny-qwen3-moe"], EIGHT_GPUS)
+
+
+WORKS = [
+    ["policy.model=tiny-deepseek-v3", "policy.first_stage_layers=1"],
+    ["policy.model=tiny-deepseek-v3", "policy.tensor_parallel=2", "policy.expert_parallel=2", ONE_STAGE],
+    [HYBRID],
+    [HYBRID, "policy.tensor_parallel=2", ONE_STAGE],
+    [MOE, "policy.tensor_parallel=2", "policy.data_parallel=2", "policy.expert_tensor_parallel=2", ONE_STAGE],
+    ["policy.virtual_pipeline=2"],
+    ["policy.pipeline_parallel=3", "policy.first_stage_layers=1", "policy.last_stage_layers=2"],
+]
+
+
+@pytest.mark.parametrize("overrides", WORKS, ids=[" ".join(overrides) for overrides in WORKS])
+def test_layouts_and_families_that_were_seen_to_train_pass(models, overrides):
+    config = load_config("default", overrides)
+    check(config, models[config.policy.model], LAPTOP)
+
+
+def test_a_latent_that_the_cpu_kernel_cannot_read_is_refused_without_cuda_only(models):
+    other = {**models["tiny-deepseek-v3"], "kv_lora_rank": 64, "qk_rope_head_dim": 32}
+    config = load_config("default", ["policy.model=tiny-deepseek-v3", ONE_STAGE])
+    with pytest.raises(ConfigError, match=r"its MLA caches 64 \+ 32 elements.*kv_lora_rank 512"):
+        check(config, other, LAPTOP)
+    check(config, other, EIGHT_GPUS)
 
 
 def test_engine_experts_must_be_spread_over_all_tensor_ranks(models):
