@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
+from refit.service.gate_model import ModelFacts
 from refit.service.gate_rules import Case, Violation
 from refit.train_side.options import LORA_TARGETS
 
@@ -30,3 +31,21 @@ def lora(case: Case) -> Iterator[Violation]:
         if target not in LORA_TARGETS:
             problem, remedy = "no such layer has adapters", f"Use some of {', '.join(LORA_TARGETS)}"
             yield Violation("policy.lora_targets", policy.lora_targets, problem, remedy)
+    if case.model is not None:
+        yield from _unproven(case, case.model)
+
+
+def _unproven(case: Case, model: ModelFacts) -> Iterator[Violation]:
+    policy = case.config.policy
+    if model.is_hybrid or model.is_latent:
+        problem = "adapters of Mamba and of latent attention are not validated"
+        yield Violation(
+            "policy.lora_rank", policy.lora_rank, problem, "Use 0, or a model with ordinary attention"
+        )
+    if model.num_experts and policy.tensor_parallel > 1:
+        problem = (
+            "experts under tensor parallelism share out the sequence, which adapters are not validated with"
+        )
+        yield Violation(
+            "policy.tensor_parallel", policy.tensor_parallel, problem, "Use 1, or policy.lora_rank=0"
+        )

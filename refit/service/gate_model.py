@@ -35,6 +35,7 @@ class ModelFacts:
     widths: tuple[tuple[str, int], ...]
     expert_widths: tuple[tuple[str, int], ...]
     is_hybrid: bool
+    is_latent: bool
     max_positions: int | None
     num_params: int
     problems: tuple[tuple[str, str], ...]
@@ -61,6 +62,7 @@ def read_facts(config: Mapping[str, Any]) -> ModelFacts:
         widths=tuple(dict.fromkeys(pair for part in parts for pair in _widths(part))),
         expert_widths=tuple(dict.fromkeys(("expert width", part.size) for part in experts)),
         is_hybrid=any(isinstance(part, Mamba) for part in parts),
+        is_latent=any(isinstance(part, LatentDown) for part in parts),
         max_positions=config.get("max_position_embeddings"),
         num_params=_num_params(parts),
         problems=tuple(_problems(config)),

@@ -78,6 +78,11 @@ REFUSALS = [
     ),
     (["policy.lora_rank=4", "policy.lora_alpha=0"], ["policy.lora_alpha = 0", "above 0"]),
     (["policy.lora_rank=4", "policy.lora_targets=[q_proj]"], ["('q_proj',)", "linear_qkv, linear_proj"]),
+    ([HYBRID, "policy.lora_rank=4"], ["policy.lora_rank = 4", "of Mamba"]),
+    (
+        [MOE, "policy.lora_rank=4", "policy.tensor_parallel=2", ONE_STAGE],
+        ["policy.tensor_parallel = 2", "share out the sequence"],
+    ),
     (["policy.lora_rank=4", "policy.lora_targets=[]"], ["policy.lora_targets = ()", "linear_qkv"]),
     (["refit.backend=mpi"], ["refit.backend = 'mpi'", "Use one of gloo, nccl"]),
     (
