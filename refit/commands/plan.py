@@ -39,7 +39,6 @@ def run(arguments: argparse.Namespace) -> int:
 def _report(done: Planned, cost: Cost, arguments: argparse.Namespace) -> dict[str, Any]:
     plan = done.plan
     shares, slowest_s = _busiest_shares(done, cost)
-    total = plan.bulk_bytes + plan.misc_bytes
     return {
         "model": done.model,
         "train": arguments.train,
@@ -49,10 +48,7 @@ def _report(done: Planned, cost: Cost, arguments: argparse.Namespace) -> dict[st
         "num_stages": len(plan.stages),
         "num_tensors": len(plan.tensors),
         "routes": plan.num_routes,
-        "bulk_bytes": plan.bulk_bytes,
-        "misc_bytes": plan.misc_bytes,
-        "bulk_share": plan.bulk_bytes / total if total else 1.0,
-        "misc": by_reason(_misc(plan)),
+        **_classes(plan),
         "manifests_s": round(done.manifests_s, 6),
         "plan_s": round(done.plan_s, 6),
         "rank_plan_s": round(slowest_s, 6),
@@ -76,6 +72,16 @@ def _report(done: Planned, cost: Cost, arguments: argparse.Namespace) -> dict[st
         "rounds_max": max(len(stage.rounds) for share in shares for stage in share.stages),
         "fan_out": None if done.fan is None else _fan_out(done.fan, arguments.streams),
         "digest": plan.digest,
+    }
+
+
+def _classes(plan: Plan) -> dict[str, Any]:
+    total = plan.bulk_bytes + plan.misc_bytes
+    return {
+        "bulk_bytes": plan.bulk_bytes,
+        "misc_bytes": plan.misc_bytes,
+        "bulk_share": plan.bulk_bytes / total if total else 1.0,
+        "misc": by_reason(_misc(plan)),
     }
 
 
