@@ -8,6 +8,8 @@ from refit.service.config import PolicyConfig
 from refit.service.gate_model import ModelFacts
 from refit.service.gate_rules import Case, Violation
 
+_ENDS = ("first_stage_layers", "last_stage_layers")
+
 
 def stages(case: Case) -> Iterator[Violation]:
     """Every stage of the trainers gets a layer or more, as many each as the keys of the first and the last say."""
@@ -15,73 +17,62 @@ def stages(case: Case) -> Iterator[Violation]:
         return
     policy, num_layers = case.config.policy, case.model.num_layers
     pp = policy.pipeline_parallel
+    given = {key: size for key in _ENDS if (size := getattr(policy, key)) is not None}
     if pp > num_layers:
         problem = f"the model has {num_layers} layers, some stages would be empty"
         yield Violation("policy.pipeline_parallel", pp, problem, f"Use at most {num_layers}")
     elif pp == 1:
-        yield from _needs_stages(policy)
-    elif policy.first_stage_layers is None and policy.last_stage_layers is None:
-        if num_layers % pp:
-            yield Violation(
-                "policy.pipeline_parallel",
-                pp,
-                f"it does not divide the {num_layers} layers of the model",
-                f"Use a divisor of {num_layers}, or policy.first_stage_layers and policy.last_stage_layers",
-            )
-        else:
-            yield from _virtual_stages(case, num_layers // pp)
+        yield from _needs_stages(policy, given)
+    elif not given and num_layers % pp:
+        yield Violation(
+            "policy.pipeline_parallel",
+            pp,
+            f"it does not divide the {num_layers} layers of the model",
+            f"Use a divisor of {num_layers}, or policy.first_stage_layers and policy.last_stage_layers",
+        )
     else:
-        yield from _uneven(policy, case.model)
+        yield from _cut(case, case.model, given)
 
 
-def _needs_stages(policy: PolicyConfig) -> Iterator[Violation]:
-    for key in ("first_stage_layers", "last_stage_layers"):
-        if getattr(policy, key) is not None:
-            problem = "there is one stage, which has all layers"
-            yield Violation(f"policy.{key}", getattr(policy, key), problem, "Use null")
+def _needs_stages(policy: PolicyConfig, given: dict[str, int]) -> Iterator[Violation]:
+    for key, size in given.items():
+        yield Violation(f"policy.{key}", size, "there is one stage, which has all layers", "Use null")
     if policy.virtual_pipeline > 1:
         problem = "it cuts pipeline stages, and there is one"
         yield Violation("policy.virtual_pipeline", policy.virtual_pipeline, problem, "Use 1")
 
 
-def _uneven(policy: PolicyConfig, model: ModelFacts) -> Iterator[Violation]:
+def _cut(case: Case, model: ModelFacts, given: dict[str, int]) -> Iterator[Violation]:
     """Megatron's rule: what the named stages leave is shared out evenly over the others."""
-    given = {
-        f"policy.{key}": getattr(policy, key)
-        for key in ("first_stage_layers", "last_stage_layers")
-        if getattr(policy, key) is not None
-    }
-    key = next(iter(given))
+    policy = case.config.policy
     left, others = model.num_layers - sum(given.values()), policy.pipeline_parallel - len(given)
-    if min(given.values()) < 1 or (left % others or left < others if others else left):
+    share = left // others if others else 0
+    if (given and min(given.values()) < 1) or share * others != left or (others and share < 1):
+        key, size = next(iter(given.items()))
         problem = f"it leaves {left} of {model.num_layers} layers to {others} other stages"
-        yield Violation(
-            key, given[key], problem, "Leave each other stage the same number of layers, at least 1"
-        )
-    if policy.virtual_pipeline > 1:
-        problem = "virtual stages of unequal pipeline stages are not validated"
-        yield Violation("policy.virtual_pipeline", policy.virtual_pipeline, problem, "Use 1, or even stages")
-    if model.is_hybrid:
-        problem = "a Mamba hybrid is cut into stages of equal length only"
-        yield Violation(key, given[key], problem, "Use null")
+        remedy = "Leave each other stage the same number of layers, at least 1"
+        yield Violation(f"policy.{key}", size, problem, remedy)
+    elif policy.virtual_pipeline > 1:
+        yield from _virtual_stages(policy, model, {*given.values(), *([share] if others else [])})
 
 
-def _virtual_stages(case: Case, layers_per_stage: int) -> Iterator[Violation]:
-    assert case.model is not None, "stages without a model were let through"
-    policy, key = case.config.policy, "policy.virtual_pipeline"
-    virtual = policy.virtual_pipeline
-    if layers_per_stage % virtual:
-        problem = f"it does not divide the {layers_per_stage} layers of a stage"
-        yield Violation(key, virtual, problem, f"Use a divisor of {layers_per_stage}")
-    if virtual > 1 and policy.num_microbatches % policy.pipeline_parallel:
+def _virtual_stages(policy: PolicyConfig, model: ModelFacts, num_layers: set[int]) -> Iterator[Violation]:
+    key, virtual = "policy.virtual_pipeline", policy.virtual_pipeline
+    for size in sorted(num_layers):
+        if size % virtual:
+            problem = f"it does not divide the {size} layers of a stage"
+            yield Violation(key, virtual, problem, f"Use a divisor of {size}")
+    if policy.num_microbatches % policy.pipeline_parallel:
         yield Violation(
             "policy.num_microbatches",
             policy.num_microbatches,
             f"virtual stages take turns on as many microbatches as there are stages, {policy.pipeline_parallel}",
             f"Use a multiple of {policy.pipeline_parallel}",
         )
-    if virtual > 1 and case.model.is_hybrid:
-        yield Violation(key, virtual, "virtual stages of a Mamba hybrid are not validated", "Use 1")
+    if model.is_hybrid:
+        yield Violation(
+            key, virtual, "Megatron-Bridge 0.6 builds Mamba hybrids without virtual stages", "Use 1"
+        )
 
 
 def experts(case: Case) -> Iterator[Violation]:
