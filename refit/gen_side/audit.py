@@ -70,7 +70,7 @@ class AuditReport:
 
 
 def observe_staging(model: torch.nn.Module, staging: Staging) -> Loaded:
-    """Digest an open staging. Call just before its commit: a loader may still write until then."""
+    """Digest an open staging. Call when nothing is loaded any more, and before anything is packed."""
     trace = staging.trace
     memory = {name: plain(tensor) for name, tensor in staging.tensors.items() if name in trace.written}
     packed = {name: memory[name] + 0 for name, _ in _packed(model, trace) if name in memory}

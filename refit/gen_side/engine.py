@@ -26,7 +26,7 @@ from vllm.distributed.weight_transfer.base import (
     WeightTransferUpdateInfo,
 )
 
-from refit.gen_side.audit import Committed, audit, observe_commit, observe_staging
+from refit.gen_side.audit import Committed, Loaded, audit, observe_commit, observe_staging
 from refit.gen_side.hf_index import read_hf_shapes
 from refit.gen_side.staging import Staging
 from refit.gen_side.trace import LoaderTrace, trace_loader
@@ -93,28 +93,37 @@ class Session:
         return f"gen {self.gen_rank}"
 
 
-class Arrival(threading.Thread):
-    """A move in the background. `result` waits for it and raises what it raised."""
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """A version that is staged, digested and reported: all that its commit need not wait with is done."""
 
-    def __init__(self, move: Callable[[], RefitUpdateInfo]) -> None:
-        super().__init__(name="refit-arrival", daemon=True)
-        self._move = move
+    update: RefitUpdateInfo
+    loaded: Loaded
+    staged_bytes: int
+
+
+class Background[T](threading.Thread):
+    """A step of a refit beside the model's own. `result` waits for it and raises what it raised."""
+
+    def __init__(self, step: Callable[[], T]) -> None:
+        super().__init__(name="refit-background", daemon=True)
+        self._step = step
         self._error: Exception | None = None
-        self._update: RefitUpdateInfo | None = None
+        self._value: T | None = None
         self.start()
 
     def run(self) -> None:
         try:
-            self._update = self._move()
+            self._value = self._step()
         except Exception as error:
             self._error = error
 
-    def result(self) -> RefitUpdateInfo:
+    def result(self) -> T:
         self.join()
         if self._error is not None:
             raise self._error
-        assert self._update is not None, "a move that raised nothing has an update"
-        return self._update
+        assert self._value is not None, "a step that raised nothing has a value"
+        return self._value
 
 
 class RefitWeightTransferEngine(WeightTransferEngine[RefitInitInfo, RefitUpdateInfo]):
@@ -129,11 +138,12 @@ class RefitWeightTransferEngine(WeightTransferEngine[RefitInitInfo, RefitUpdateI
         self._session: Session | None = None
         self._trace: LoaderTrace | None = None
         self._staging: Staging | None = None
-        self._update: RefitUpdateInfo | None = None
+        self._ready: Ready | None = None
         self._committed: Committed | None = None
         self._version: int | None = None
         self._broken = ""
-        self._arrival: Arrival | None = None
+        self._arrival: Background[RefitUpdateInfo] | None = None
+        self._packing: Background[Ready] | None = None
         self._timeout_s = 0.0
         self._phase, self._reason = "", ""
 
@@ -150,27 +160,34 @@ class RefitWeightTransferEngine(WeightTransferEngine[RefitInitInfo, RefitUpdateI
         self._run("begin", self._begin)
 
     def receive_weights(self, update_info: RefitUpdateInfo) -> None:
-        """Bulk into the staging, then misc through vLLM's loader, then this rank's report."""
+        """Bulk into the staging, then misc through vLLM's loader; then what is packed ahead, and this rank's report."""
         if self._staging is None:
             return
         if update_info.background:
-            self._arrival = Arrival(lambda: self._move_bulk(update_info))
+            self._arrival = Background(lambda: self._move_bulk(update_info))
         else:
             self._run("stage", lambda: self._receive(update_info))
 
     def receiving(self) -> bool:
-        """Whether bulk is still arriving in the background."""
-        return self._arrival is not None and self._arrival.is_alive()
+        """Whether anything goes on in the background: bulk until `load_rest`, after it the packing and the report."""
+        packing = self._packing
+        if packing is not None and not packing.is_alive():
+            self._packing = None
+            self._run("stage", lambda: self._take(packing.result()))
+        return self._packing is not None or (self._arrival is not None and self._arrival.is_alive())
 
     def load_rest(self) -> None:
-        """The rest of a `receive_weights` in the background: misc, and the report. Raises nothing."""
+        """Go on with a `receive_weights` in the background: misc, and then again in the background. Raises nothing."""
         arrival, self._arrival = self._arrival, None
         if arrival is not None and self._staging is not None:
             self._run("stage", lambda: self._load_rest(arrival.result()))
 
     def finish_weight_update(self) -> None:
         """Commit or discard, as the coordinator decided. Without a received version: discard."""
-        if self._update is None:
+        if self._packing is not None:
+            self._packing.join(self._timeout_s)  # a server that does not ask has not waited for it
+            self.receiving()
+        if self._ready is None:
             self._drop_staging()
         else:
             self._run("finish", self._finish)
@@ -214,7 +231,9 @@ class RefitWeightTransferEngine(WeightTransferEngine[RefitInitInfo, RefitUpdateI
         self._staging = Staging.begin(self.model, session.trace)
 
     def _receive(self, update: RefitUpdateInfo) -> None:
-        self._load_rest(self._move_bulk(update))
+        self._move_bulk(update)
+        self._load_misc()
+        self._take(self._get_ready(update))
 
     def _move_bulk(self, update: RefitUpdateInfo) -> RefitUpdateInfo:
         endpoint, staging = self._require_session().endpoint, self._require_staging()
@@ -224,30 +243,45 @@ class RefitWeightTransferEngine(WeightTransferEngine[RefitInitInfo, RefitUpdateI
         return update
 
     def _load_rest(self, update: RefitUpdateInfo) -> None:
+        self._load_misc()
+        self._packing = Background(lambda: self._get_ready(update))
+
+    def _load_misc(self) -> None:
         endpoint, staging = self._require_session().endpoint, self._require_staging()
         if endpoint.misc_names:
             with endpoint.phase("load misc"):
                 staging.load_misc(endpoint.receive_misc())
+
+    def _get_ready(self, update: RefitUpdateInfo) -> Ready:
+        """Digest and pack what is staged, and put the report; the live model is not touched."""
+        endpoint, staging = self._require_session().endpoint, self._require_staging()
+        with endpoint.phase("pack"):
+            ready = Ready(update, observe_staging(self.model, staging), staging.num_bytes)
+            staging.pack_ahead()
         endpoint.put_report()
-        self._update = update
+        return ready
+
+    def _take(self, ready: Ready) -> None:
+        self._ready = ready
 
     def _finish(self) -> None:
-        session, staging, update = self._require_session(), self._require_staging(), self._update
+        session, staging, ready = self._require_session(), self._require_staging(), self._ready
+        update = ready.update
         commit, reason = self._decision(session)
         if not commit:
             _log.warning("%s discards version %d: %s", session.who, update.version, reason)
             self._drop_staging()
             return
-        loaded, staged_bytes, started_s = observe_staging(self.model, staging), staging.num_bytes, time.time()
+        started_s = time.time()
         try:
             report = staging.commit(self.model_config)
         except Exception as error:
             self._broken = str(error)
             raise
-        self._committed = observe_commit(self.model, loaded)
+        self._committed = observe_commit(self.model, ready.loaded)
         self._version = update.version
-        self._staging = self._update = None
-        finished = FinishReport(update.version, started_s, report.seconds, staged_bytes)
+        self._staging = self._ready = None
+        finished = FinishReport(update.version, started_s, report.seconds, ready.staged_bytes)
         session.control.put(finished_key(update.attempt, session.gen_rank), finished.message())
         _log.info("%s serves version %d: %s", session.who, self._version, report)
 
@@ -291,12 +325,13 @@ class RefitWeightTransferEngine(WeightTransferEngine[RefitInitInfo, RefitUpdateI
         return self._staging
 
     def _drop_staging(self) -> None:
-        arrival, self._arrival = self._arrival, None
-        if arrival is not None:
-            arrival.join(self._timeout_s)  # what it writes to must not be given back before
+        steps, self._arrival, self._packing = (self._arrival, self._packing), None, None
+        for step in steps:
+            if step is not None:
+                step.join(self._timeout_s)  # what it writes to must not be given back before
         if self._staging is not None and self._staging.state == "open":
             self._staging.discard()
-        self._staging = self._update = None
+        self._staging = self._ready = None
 
     def _told(self, phase: str, error: Exception) -> Exception:
         if self._session is None:

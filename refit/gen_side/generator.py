@@ -270,10 +270,17 @@ class Generator:
             llm.start_weight_update()
             self._updating = True
             llm.update_weights({"update_info": update_info})
-        while update_info["background"]:
+        if update_info["background"]:
+            self._await_background()
             with requests.between_steps():
-                if not any(llm.collective_rpc("refit_receiving", timeout=self._timeout_s)):
-                    llm.collective_rpc("refit_load_rest", timeout=self._timeout_s)
+                llm.collective_rpc("refit_load_rest", timeout=self._timeout_s)
+            self._await_background()
+
+    def _await_background(self) -> None:
+        """Until no worker does anything for the refit in the background, with steps in between."""
+        while True:
+            with self._requests.between_steps():
+                if not any(self._llm.collective_rpc("refit_receiving", timeout=self._timeout_s)):
                     return
             time.sleep(POLL_S)
 

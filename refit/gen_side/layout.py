@@ -96,6 +96,14 @@ def process_module(module: torch.nn.Module) -> None:
     _RELOAD._layerwise_process(module, layer_reload(module))
 
 
+def place_processed(module: torch.nn.Module) -> None:
+    """Copy the processed tensors that the module holds into the old storages, as vLLM does after its processing."""
+    reload = layer_reload(module)
+    if reload.kernel_tensors is not None:
+        _RELOAD._copy_and_restore_kernel_tensors(module, reload)
+    reload.reset()
+
+
 def _forget_cpu_moe_kernel(module: torch.nn.Module) -> None:
     """On the CPU, let a second processing of experts be like the first.
 

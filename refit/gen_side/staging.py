@@ -2,11 +2,11 @@
 
 1. `begin` allocates the loader's layout of every module that the loader writes, beside the live model.
 2. `params()` is the memory that bulk receives write; `load_misc` runs vLLM's own loader into the same memory.
-   The live model is whole in between and may serve.
+   The live model is whole in between and may serve. `pack_ahead` does what a commit need not wait with.
 3. `commit` hands each staged module to vLLM's own processing, once, into the old storages (CUDA graphs keep
    their addresses), attention last. `discard` forgets the staging; the live model was never touched.
 
-Extra memory: the weights of this worker once, in the loader's layout.
+Extra memory: the weights of this worker once, in the loader's layout; on a CPU that packs, once more until the commit.
 """
 
 from __future__ import annotations
@@ -29,8 +29,10 @@ from refit.gen_side.layout import (
     layer_tensors,
     loader_layout,
     place_live,
+    place_processed,
     process_module,
 )
+from refit.gen_side.prepack import may_pack_ahead, pack_ahead, take_over
 from refit.gen_side.trace import LoaderTrace
 
 Weights = Iterable[tuple[str, torch.Tensor]]
@@ -62,6 +64,7 @@ class Staging:
     tensors: dict[str, torch.Tensor]
     modules: dict[str, dict[str, torch.Tensor]]
     attention_loads: dict[str, tuple[list[Any], int]] = field(default_factory=dict)
+    twins: dict[str, torch.nn.Module] = field(default_factory=dict)
     state: str = "open"
 
     @classmethod
@@ -98,6 +101,14 @@ class Staging:
             with disable_mtp_completeness_check(), guard:
                 self.model.load_weights(self._keep_deferred(weights))
             self._keep_attention_loads()
+
+    def pack_ahead(self) -> None:
+        """Pack what can be packed beside the live model; nothing may be loaded after it. Safe beside steps of it."""
+        self._require_open("pack_ahead")
+        modules = dict(self.model.named_modules())
+        for name, staged in self.modules.items():
+            if may_pack_ahead(modules[name], staged):
+                self.twins[name] = pack_ahead(modules[name], staged)
 
     def commit(self, model_config: Any) -> CommitReport:
         """Process every staged module once, in place; the new version serves from here on.
@@ -138,7 +149,11 @@ class Staging:
                 reload.loaded_weights, reload.load_numel = list(loads), num_elements
             elif name in self.modules:
                 _require_memory(name, module)
-                process_module(module)
+                if name in self.twins:
+                    take_over(module, self.twins[name])
+                    place_processed(module)
+                else:
+                    process_module(module)
                 processed.append(name)
             else:
                 place_live(module)
@@ -180,7 +195,7 @@ class Staging:
             raise StagingError(f"{step} on a staging that is {self.state}; begin a new one")
 
     def _release(self) -> None:
-        self.tensors, self.modules, self.attention_loads = {}, {}, {}
+        self.tensors, self.modules, self.attention_loads, self.twins = {}, {}, {}, {}
 
 
 class _StrayWriteGuard(TorchDispatchMode):

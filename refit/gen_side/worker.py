@@ -16,11 +16,11 @@ class RefitWorker:
         return self.weight_transfer_engine.status()
 
     def refit_receiving(self) -> bool:
-        """Whether bulk is still arriving in the background of this worker."""
+        """Whether anything of a refit still goes on in the background of this worker."""
         return self.weight_transfer_engine.receiving()
 
     def refit_load_rest(self) -> None:
-        """End a receive in the background: misc, and the report."""
+        """Go on with a receive in the background: misc, then packing and the report, in the background again."""
         self.weight_transfer_engine.load_rest()
 
     def refit_prepare_pipeline(self) -> None:
