@@ -48,9 +48,13 @@ class CommitFailed(RuntimeError):  # noqa: N818 - named like RefitFailed
 
 @dataclass(frozen=True, slots=True)
 class CommitReport:
-    """What a commit did. Each staged module was processed once; attention layers were finished after them."""
+    """What a commit did. Each staged module was processed once; attention layers were finished after them.
+
+    `packed_ahead` are those of `processed` whose processing was over before the commit.
+    """
 
     processed: tuple[str, ...]
+    packed_ahead: tuple[str, ...]
     finished_attention: tuple[str, ...]
     seconds: float
 
@@ -128,8 +132,9 @@ class Staging:
             message = f"the commit failed: {error}; restart this engine or refit it in full"
             raise CommitFailed(message) from error
         self.state = "committed"
+        packed_ahead = tuple(self.twins)
         self._release()
-        return CommitReport(processed, attention, time.perf_counter() - started)
+        return CommitReport(processed, packed_ahead, attention, time.perf_counter() - started)
 
     def discard(self) -> None:
         """Forget the staging. The version that was live before `begin` is live."""

@@ -206,6 +206,7 @@ def _round(
         staged[P2P].discard()
         return found | {"digests": reason}
     loaded = observe_staging(worker.model, staged[P2P])
+    staged[P2P].pack_ahead()
     staged[P2P].commit(worker.model_config)
     committed = observe_commit(worker.model, loaded)
     tell(f"loading version {version} afresh")

@@ -98,6 +98,9 @@ def exact(rank, address, parallel, dtype, start, coded, rounds=2):
         first = audit(model, trace, None).params_sha256
         goal = audit(fresh.model, trace, None).params_sha256
         loaded = observe_staging(model, by_holdings)
+        by_holdings.pack_ahead()  # as engines do; the commits of the other rounds pack by themselves
+        assert live_state(model) == before, "packing ahead changed the live model"
+        assert audit(model, trace, None).params_sha256 == first, "packing ahead changed what the kernels read"
         report = by_holdings.commit(worker.model_config)
         committed = observe_commit(model, loaded)
         checked = audit(model, trace, committed)
@@ -118,6 +121,7 @@ def exact(rank, address, parallel, dtype, start, coded, rounds=2):
         "kinds": checked.message()["kinds"],
         "digests": len(checked.digests),
         "processed": report.processed,
+        "packed_ahead": report.packed_ahead,
         "attention": report.finished_attention,
         "misc": [(reason.tensor, reason.reason) for reason in trace.misc],
         "num_holdings": len(trace.holdings),

@@ -62,4 +62,5 @@ def test_refits_of_every_family_and_layout_equal_a_fresh_load(case, folders):
         print(case, found["num_holdings"], found["kinds"], found["misc"], found["aliases"], found["partial"])
         assert found["staged"] is None
         assert found["wrong"] == []
+        assert found["packed_ahead"], "on a CPU linear layers are packed ahead"
         assert found["changed"] == ()
