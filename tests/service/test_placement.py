@@ -23,7 +23,7 @@ EAST, WEST = {"zone": "east"}, {"zone": "west"}
 
 
 @pytest.fixture(scope="module")
-def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayNodes]:
     """A cluster of two nodes, with a token of its own; trainers have room in the east only, engines in the west."""
     token = tmp_path_factory.mktemp("ray") / "token"
     token.write_text("0123456789abcdef" * 4)
@@ -34,12 +34,19 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         nodes = RayNodes(initialize_head=False, shutdown_at_exit=False)
         try:
             for labels in (EAST, WEST):
-                nodes.add_node(
-                    num_cpus=4, labels=labels, object_store_memory=STORE_BYTES, include_dashboard=False
-                )
-            yield nodes.address
+                add_node(nodes, labels)
+            yield nodes
         finally:
             nodes.shutdown()
+
+
+def add_node(nodes: RayNodes, labels: dict[str, str]) -> Any:
+    return nodes.add_node(num_cpus=4, labels=labels, object_store_memory=STORE_BYTES, include_dashboard=False)
+
+
+@pytest.fixture
+def address(nodes: RayNodes) -> str:
+    return str(nodes.address)
 
 
 def config_of(address: str, *overrides: str) -> Any:
@@ -47,15 +54,19 @@ def config_of(address: str, *overrides: str) -> Any:
     return load_config("default", ["+policy.nccl_xfer_refit=true", *places, *overrides])
 
 
-def zones_of(actors: dict[str, Any]) -> dict[str, str]:
-    """{name: label of the node that the actor really runs on}."""
+def nodes_of(actors: dict[str, Any]) -> dict[str, str]:
+    """{name: id of the node that the actor really runs on}."""
 
     def node(_actor: Any) -> str:
         return str(ray.get_runtime_context().get_node_id())
 
+    return collect({who: actor.__ray_call__.remote(node) for who, actor in actors.items()}, "look", CALL_S)
+
+
+def zones_of(actors: dict[str, Any]) -> dict[str, str]:
+    """{name: label of the node that the actor really runs on}."""
     zone_of = {one["NodeID"]: one["Labels"]["zone"] for one in ray.nodes() if one["Alive"]}
-    calls = {who: actor.__ray_call__.remote(node) for who, actor in actors.items()}
-    return {who: zone_of[found] for who, found in collect(calls, "look", CALL_S).items()}
+    return {who: zone_of[found] for who, found in nodes_of(actors).items()}
 
 
 LABELS = ("++cluster.policy_labels={zone:east}", "++cluster.generation_labels={zone:west}")
@@ -102,5 +113,25 @@ def test_labels_that_no_node_has_are_named_in_time_and_nothing_stays_reserved(ad
     cluster = Cluster.open(config_of(address, *LABELS), tmp_path / "again")
     try:
         assert len(zones_of(cluster.named_actors())) == 4
+    finally:
+        cluster.close()
+
+
+def test_replicas_of_a_node_that_is_lost_come_back_on_another_one_with_the_label(nodes, address, tmp_path):
+    cluster = Cluster.open(config_of(address, *LABELS), tmp_path / "logs")
+    try:
+        before = nodes_of(cluster.named_actors())
+        add_node(nodes, WEST)
+        lost = next(node for node in nodes.worker_nodes if node.node_id == before["generator 1"])
+        nodes.remove_node(lost, allow_graceful=False)
+        gone = [k for k in range(2) if before[f"generator {k}"] == lost.node_id]
+        assert 1 in gone
+        for number in gone:
+            cluster.end_generator(number)
+            assert cluster.restart_generator(number) is not None
+        after = nodes_of(cluster.named_actors())
+        assert all(after[f"generator {k}"] != lost.node_id for k in range(2))
+        assert set(zones_of(cluster.named_generators()).values()) == {"west"}
+        assert all(after[who] == before[who] for who in cluster.named_trainers())
     finally:
         cluster.close()
