@@ -71,7 +71,8 @@ class RefitInitInfo(WeightTransferInitInfo):
 class RefitUpdateInfo(WeightTransferUpdateInfo):
     """Which version is on its way, and under which attempt its messages stand.
 
-    `background`: the bulk arrives in a thread, so that the worker can go on serving; ask `receiving`, then `load_rest`.
+    `background`: all but misc is done in a thread, so that the worker can go on serving; ask `receiving`, then
+    `load_rest`, then `receiving` again. Without misc in the plan none of this need be asked: the finish waits for it.
     """
 
     version: int
@@ -163,8 +164,10 @@ class RefitWeightTransferEngine(WeightTransferEngine[RefitInitInfo, RefitUpdateI
         """Bulk into the staging, then misc through vLLM's loader; then what is packed ahead, and this rank's report."""
         if self._staging is None:
             return
-        if update_info.background:
+        if update_info.background and self._require_session().endpoint.misc_names:
             self._arrival = Background(lambda: self._move_bulk(update_info))
+        elif update_info.background:
+            self._packing = Background(lambda: self._get_ready(self._move_bulk(update_info)))
         else:
             self._run("stage", lambda: self._receive(update_info))
 

@@ -72,10 +72,14 @@ class HttpEngine:
         """Let every worker describe itself and join. The outcome is in the control store."""
         self._call("POST", "/init_weight_transfer_engine", {"init_info": dict(init_info)})
 
-    def stage(self, version: int, attempt: int) -> None:
-        """Receive a version beside the weights that serve. The outcome is in the control store."""
+    def stage(self, version: int, attempt: int, background: bool) -> None:
+        """Receive a version beside the weights that serve. The outcome is in the control store.
+
+        vLLM samples no token during the call; with `background`, for plans without misc, it only starts the receive.
+        """
+        update = {"version": version, "attempt": attempt, "background": background}
         self._call("POST", "/start_weight_update", None)
-        self._call("POST", "/update_weights", {"update_info": {"version": version, "attempt": attempt}})
+        self._call("POST", "/update_weights", {"update_info": update})
 
     def finish(self, version: int | None) -> None:
         """Let the workers carry out the decision in the control store; `version` None: do not stamp a new one."""

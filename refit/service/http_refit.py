@@ -107,8 +107,9 @@ class HttpRefit:
     ) -> HttpRefit:
         """Host the control store at `address`, which servers and trainers must reach, and ask the servers' sizes.
 
-        Servers sample on while a version is staged. `pause` says what its commit does to requests under way: "wait" for
-        them or "abort" them; either way no answer mixes two versions.
+        Servers sample on while a version is staged, unless the plan has misc: only vLLM's loader, between two steps,
+        can load that, and a stock server cannot be asked whether the bulk has come. `pause` says what the commit does to
+        requests under way: "wait" for them or "abort" them; either way no answer mixes two versions.
 
         With `port` and `run_id` chosen by the caller, the trainer ranks know both without being told.
         """
@@ -197,8 +198,9 @@ class HttpRefit:
     def _staged(self, version: int, attempt: int) -> dict[int, Any]:
         """Let every server stage, and collect all reports. A failure ends the updates of all and is raised."""
         control, timeout_s = self._session.control, self._terms.timeout_s
+        background = not self.plan.misc_names
         staging = [
-            self._start("stage", replica, partial(engine.stage, version, attempt))
+            self._start("stage", replica, partial(engine.stage, version, attempt, background))
             for replica, engine in enumerate(self._engines)
         ]
         try:

@@ -47,7 +47,8 @@ class Receiver:
         self._control = ControlStore.join(host, int(port), info["run_id"])
         self._endpoint = Endpoint.prepare(self._control, self._manifest(), info["timeout_s"])
 
-    def stage(self, version, attempt):
+    def stage(self, version, attempt, background):
+        assert not background, "this plan has misc"
         if self._fails:
             raise TransportError(self._fails)
         self._staged = {name: torch.zeros(shape) for name, shape in SHAPES.items()}
@@ -320,7 +321,7 @@ def test_an_answer_that_is_an_error_is_quoted_with_its_route(engine):
     with pytest.raises(
         TransportError, match=r"POST http://.*/start_weight_update answered 500: engine dead$"
     ):
-        engine.stage(1, 1)
+        engine.stage(1, 1, False)
     with pytest.raises(TransportError, match=r"404.*VLLM_SERVER_DEV_MODE=1"):
         engine.prepare({})
     with pytest.raises(TransportError, match="keeps its prefix cache"):

@@ -5,11 +5,16 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
+from refit.service.http_refit import HttpRefit, join_source
 from refit.train_side.tiny_models import make_tiny_model
+from refit.transfer.source import ModelSource
+from tests.gen_side.checkpoints import tensors_of
 from tests.service.vllm_server import free_port, greedy, serving
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
@@ -56,3 +61,21 @@ def test_a_server_answers_like_a_fresh_one_loaded_from_the_exported_checkpoint(
     assert after != before, "the refits changed nothing"
     with serving(tmp_path / "saved", tmp_path / "fresh.txt") as fresh:
         assert after == greedy(fresh, PROMPTS)
+
+
+def test_a_server_answers_while_a_version_is_on_its_way(server, start):
+    before = greedy(server, PROMPTS)
+    version = int(server.weight_version()) + 1 if server.weight_version().isdigit() else 1
+    refitter = HttpRefit.open([server], 1, timeout_s=120.0)
+    with ThreadPoolExecutor(1) as pool:
+        planned = pool.submit(refitter.prepare)
+        source = join_source(ModelSource(tensors_of(start), 0), refitter.store, refitter.run_id)
+        assert planned.result(120.0).misc_names == ()
+        done = pool.submit(refitter.refit, version)
+        time.sleep(2.0)  # the server waits for bulk that nobody sends yet
+        assert greedy(server, PROMPTS) == before and not done.done()
+        source.send(version)
+        assert done.result(120.0).committed
+    assert server.weight_version() == str(version)
+    source.close()
+    refitter.close()
