@@ -108,8 +108,8 @@ class HttpRefit:
         """Host the control store at `address`, which servers and trainers must reach, and ask the servers' sizes.
 
         Servers sample on while a version is staged, unless the plan has misc: only vLLM's loader, between two steps,
-        can load that, and a stock server cannot be asked whether the bulk has come. `pause` says what the commit does to
-        requests under way: "wait" for them or "abort" them; either way no answer mixes two versions.
+        can load that, and a stock server cannot be asked whether the bulk has come. `pause` says what the commit does
+        to requests under way: "wait" for them or "abort" them; either way no answer mixes two versions.
 
         With `port` and `run_id` chosen by the caller, the trainer ranks know both without being told.
         """
