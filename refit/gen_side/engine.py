@@ -26,11 +26,11 @@ from vllm.distributed.weight_transfer.base import (
     WeightTransferUpdateInfo,
 )
 
-from refit.gen_side.audit import Committed, Loaded, audit, observe_commit, observe_staging
+from refit.gen_side.audit import AuditReport, Committed, Loaded, audit, observe_commit, observe_staging
 from refit.gen_side.hf_index import read_hf_shapes
-from refit.gen_side.staging import Staging
+from refit.gen_side.staging import CommitReport, Staging
 from refit.gen_side.trace import LoaderTrace, trace_loader
-from refit.plan import ConfigError, ParamSpec
+from refit.plan import ConfigError, ParamSpec, RankManifest
 from refit.transfer.endpoint import Endpoint
 from refit.transfer.errors import RefitFailed
 from refit.transfer.protocol import FinishReport, audit_keys, finished_key
@@ -86,7 +86,6 @@ class Session:
 
     control: ControlStore
     endpoint: Endpoint
-    trace: LoaderTrace
     gen_rank: int
 
     @property
@@ -214,7 +213,7 @@ class RefitWeightTransferEngine(WeightTransferEngine[RefitInitInfo, RefitUpdateI
 
     def param_spec(self, param: str) -> ParamSpec:
         """The loader's shape and dtype of a parameter, as traced."""
-        return next(spec for spec in self._require_session().trace.params if spec.name == param)
+        return next(spec for spec in self._require_trace().params if spec.name == param)
 
     def _run(self, phase: str, action: Callable[[], None]) -> None:
         """Do one step; keep its outcome for `status` and tell a failure to everybody."""
@@ -229,9 +228,9 @@ class RefitWeightTransferEngine(WeightTransferEngine[RefitInitInfo, RefitUpdateI
             self._drop_staging()
 
     def _begin(self) -> None:
-        session = self._require_session()
+        self._require_session()
         self._drop_staging()
-        self._staging = Staging.begin(self.model, session.trace)
+        self._staging = self._new_staging()
 
     def _receive(self, update: RefitUpdateInfo) -> None:
         self._move_bulk(update)
@@ -259,7 +258,7 @@ class RefitWeightTransferEngine(WeightTransferEngine[RefitInitInfo, RefitUpdateI
         """Digest and pack what is staged, and put the report; the live model is not touched."""
         endpoint, staging = self._require_session().endpoint, self._require_staging()
         with endpoint.phase("pack"):
-            ready = Ready(update, observe_staging(self.model, staging), staging.num_bytes)
+            ready = Ready(update, self._observe(staging), staging.num_bytes)
             staging.pack_ahead()
         endpoint.put_report()
         return ready
@@ -276,12 +275,7 @@ class RefitWeightTransferEngine(WeightTransferEngine[RefitInitInfo, RefitUpdateI
             self._drop_staging()
             return
         started_s = time.time()
-        try:
-            report = staging.commit(self.model_config)
-        except Exception as error:
-            self._broken = str(error)
-            raise
-        self._committed = observe_commit(self.model, ready.loaded)
+        report = self._commit(staging, ready)
         self._version = update.version
         self._staging = self._ready = None
         finished = FinishReport(update.version, started_s, report.seconds, ready.staged_bytes)
@@ -295,20 +289,41 @@ class RefitWeightTransferEngine(WeightTransferEngine[RefitInitInfo, RefitUpdateI
         control = ControlStore.join(host, int(port), info.run_id, info.timeout_s)
         gen_rank = info.first_gen_rank + get_world_group().rank_in_group
         try:
-            if self._trace is None:
-                self._trace = trace_loader(self.model, read_hf_shapes(self.model_config.model))
-            manifest = self._trace.manifest(
-                gen_rank=gen_rank, stage=get_pp_group().rank_in_group, replica=info.replica
-            )
+            manifest = self._manifest(gen_rank, get_pp_group().rank_in_group, info.replica)
             endpoint = Endpoint.prepare(control, manifest, info.timeout_s, self.device)
         except Exception as error:
             raise _tell(control, "prepare", f"gen {gen_rank}", error) from error
-        self._session = Session(control, endpoint, self._trace, gen_rank)
+        self._session = Session(control, endpoint, gen_rank)
+
+    # What is refitted is said in the five methods that follow; `refit.gen_side.lora` refits adapters with others.
+
+    def _manifest(self, gen_rank: int, stage: int, replica: int) -> RankManifest:
+        if self._trace is None:
+            self._trace = trace_loader(self.model, read_hf_shapes(self.model_config.model))
+        return self._trace.manifest(gen_rank=gen_rank, stage=stage, replica=replica)
+
+    def _new_staging(self) -> Staging:
+        return Staging.begin(self.model, self._require_trace())
+
+    def _observe(self, staging: Staging) -> Loaded:
+        return observe_staging(self.model, staging)
+
+    def _commit(self, staging: Staging, ready: Ready) -> CommitReport:
+        """Put the staged version in the place of the one that serves. A failure breaks this worker."""
+        try:
+            report = staging.commit(self.model_config)
+        except Exception as error:
+            self._broken = str(error)
+            raise
+        self._committed = observe_commit(self.model, ready.loaded)
+        return report
+
+    def _audited(self) -> AuditReport:
+        return audit(self.model, self._require_trace(), self._committed)
 
     def _audit(self, audit_id: str) -> None:
         session = self._require_session()
-        report = audit(self.model, session.trace, self._committed)
-        session.control.put(f"{audit_keys(audit_id)}{session.gen_rank}", report.message())
+        session.control.put(f"{audit_keys(audit_id)}{session.gen_rank}", self._audited().message())
 
     def _decision(self, session: Session) -> tuple[bool, str]:
         """(commit, reason). Without a decision in time, or after any failure, the old version stays."""
@@ -321,6 +336,10 @@ class RefitWeightTransferEngine(WeightTransferEngine[RefitInitInfo, RefitUpdateI
         if self._session is None:
             raise RuntimeError("this worker is not prepared: call init_weight_transfer_engine(prepare) first")
         return self._session
+
+    def _require_trace(self) -> LoaderTrace:
+        assert self._trace is not None, "prepare traces the loader first"
+        return self._trace
 
     def _require_staging(self) -> Staging:
         if self._staging is None:

@@ -10,13 +10,14 @@ import contextlib
 import json
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from refit.gen_side.arguments import build_llm
 from refit.gen_side.bounds import CLOSE_S, children, deadline, end_processes, message_queues, shut_down
-from refit.gen_side.live import EngineDescription, WorkerFacts, engine_arguments
+from refit.gen_side.live import EngineDescription, WorkerFacts
 from refit.gen_side.requests import Prompt, Requests, Sample, as_input, prompt_logprobs
 from refit.plan.errors import ConfigError
 from refit.transfer.errors import Failure, RefitFailed, TransportError
@@ -59,6 +60,8 @@ class GenOptions:
     `pause` and `kv_cache` say what a commit does to requests under way; see `refit.gen_side.requests`.
     `sequence_parallel` asks for vLLM's pass, from `sequence_min_tokens` tokens on (None: as vLLM sees fit); whether it
     runs is in `Generator.describe`. `prompt_embeds`: prompts may be embeddings.
+
+    With `lora`, the fields of `refit.gen_side.lora.LoraSpec`, refits bring adapters and the base stays as loaded.
     """
 
     dtype: str = "bfloat16"
@@ -76,6 +79,7 @@ class GenOptions:
     sequence_min_tokens: int | None = None
     prompt_embeds: bool = False
     call_timeout_s: float = 600.0
+    lora: Mapping[str, Any] | None = None
 
 
 class Generator:
@@ -112,7 +116,7 @@ class Generator:
         before = children()
         try:
             with deadline("building the engine", timeout_s, lambda: children() - before):
-                llm = _build_llm(str(model_dir), parallel, options)
+                llm = build_llm(str(model_dir), parallel, options)
                 generator = cls(llm, options, stop_tokens, children() - before)
                 if parallel.pipeline > 1:
                     llm.collective_rpc("refit_prepare_pipeline", timeout=timeout_s)
@@ -220,6 +224,10 @@ class Generator:
                 self._end_update(str(version) if commit else None)
                 # The workers read the decision too; one that this process missed shows as a version it did not expect.
                 self._require_one_version(version if commit else self._committed)
+                if commit and self._options.lora is not None:
+                    from refit.gen_side.lora import request_of
+
+                    self._requests.adapter = request_of(version)
             if commit:
                 self._committed = version
         return commit
@@ -288,6 +296,8 @@ class Generator:
         """End vLLM's session of an update; the workers commit or discard as was decided."""
         self._updating = False
         self._llm.finish_weight_update(weight_version=version)
+        if self._options.lora is not None:
+            self._llm.collective_rpc("refit_load_adapter", timeout=self._timeout_s)
 
     @contextlib.contextmanager
     def _paused(self) -> Iterator[None]:
@@ -337,34 +347,6 @@ class Generator:
         """Waits inside end by themselves in time; should a worker be stopped or stuck, it is ended a bit later."""
         with deadline(what, timeout_s + CLOSE_S, lambda: self._children):
             yield
-
-
-def _build_llm(model_dir: str, parallel: GenParallel, options: GenOptions) -> Any:
-    from vllm import LLM
-    from vllm.config import WeightTransferConfig
-
-    return LLM(
-        model_dir,
-        tensor_parallel_size=parallel.tensor,
-        pipeline_parallel_size=parallel.pipeline,
-        enable_expert_parallel=parallel.expert,
-        distributed_executor_backend="mp" if parallel.num_ranks > 1 else "uni",
-        dtype=options.dtype,
-        seed=options.seed,
-        max_model_len=options.max_model_len,
-        max_num_seqs=options.max_num_seqs,
-        kv_cache_memory_bytes=options.kv_cache_bytes,
-        kv_cache_dtype=options.kv_cache_dtype,
-        gpu_memory_utilization=options.gpu_memory_utilization,
-        **engine_arguments(options.sequence_parallel, options.sequence_min_tokens, options.enforce_eager),
-        enable_prompt_embeds=options.prompt_embeds,
-        enable_prefix_caching=options.prefix_caching,
-        skip_tokenizer_init=True,
-        disable_log_stats=True,
-        logprobs_mode="raw_logprobs",
-        weight_transfer_config=WeightTransferConfig(backend="refit"),
-        worker_extension_cls="refit.gen_side.worker.RefitWorker",
-    )
 
 
 def _stop_tokens(model_dir: Path) -> tuple[int, ...]:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 BACKEND = "refit"
+ADAPTER_BACKEND = "refit-lora"
 
 
 def register() -> None:
-    """Make `WeightTransferConfig(backend="refit")` known, on a CPU also quantized checkpoints.
+    """Make `WeightTransferConfig(backend="refit")` and "refit-lora" known, on a CPU also quantized checkpoints.
 
     Calling it again changes nothing.
     """
@@ -16,6 +17,9 @@ def register() -> None:
     if BACKEND not in WeightTransferEngineFactory._registry:
         WeightTransferEngineFactory.register_engine(
             BACKEND, "refit.gen_side.engine", "RefitWeightTransferEngine"
+        )
+        WeightTransferEngineFactory.register_engine(
+            ADAPTER_BACKEND, "refit.gen_side.lora", "RefitAdapterEngine"
         )
         if current_platform.is_cpu():
             from refit.gen_side import cpu_quantized

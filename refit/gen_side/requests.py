@@ -80,6 +80,8 @@ class Requests:
         self._open: dict[str, tuple[int, Any, Any]] = {}
         self._answers: dict[tuple[int, int], _Answer] = {}
         self._num_requests = 0
+        self.adapter: Any = None
+        """vLLM's LoRARequest for the requests to come; None: the base model answers."""
 
     @property
     def busy(self) -> bool:
@@ -208,7 +210,7 @@ class Requests:
     def _add(self, number: int, one: Any, params: Any) -> None:
         self._num_requests += 1
         name = f"refit-{self._num_requests}"
-        self._llm.llm_engine.add_request(name, one, params.clone())
+        self._llm.llm_engine.add_request(name, one, params.clone(), lora_request=self.adapter)
         self._open[name] = (number, one, params)
 
     def _step(self) -> None:

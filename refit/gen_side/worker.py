@@ -23,6 +23,10 @@ class RefitWorker:
         """Go on with a receive in the background: misc, then packing and the report, in the background again."""
         self.weight_transfer_engine.load_rest()
 
+    def refit_load_adapter(self) -> None:
+        """Let vLLM serve the adapter that was committed last; it drops adapters at the end of every update."""
+        self.weight_transfer_engine.load_adapter(self.model_runner.lora_manager)
+
     def refit_prepare_pipeline(self) -> None:
         """See `prepare_pipeline`."""
         prepare_pipeline(self.model_runner)

@@ -39,3 +39,9 @@ def hf_names(tensor_name: str, shape: Sequence[int]) -> tuple[str, ...]:
     if not shape:
         raise PlanError(f"stacked tensor {tensor_name!r} has no dims; dim 0 must count its experts")
     return tuple(hf_name(tensor_name, expert) for expert in range(shape[0]))
+
+
+def peft_names(hf_name: str) -> tuple[str, str]:
+    """The LoRA factors A and B of a weight as PEFT names them: `base_model.model.<module>.lora_A.weight`."""
+    module = hf_name.removesuffix(".weight")
+    return f"base_model.model.{module}.lora_A.weight", f"base_model.model.{module}.lora_B.weight"

@@ -21,6 +21,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from refit.service.config import ADAPTER
 from refit.service.oracle import Shares, digests_of, shares_of
 from refit.train_side.batch import TrainBatch
 from refit.train_side.options import TrainOptions, TrainParallel
@@ -125,7 +126,10 @@ class TrainActor(Actor):
             self._policy = PolicyTrainer.build(
                 model_dir, parallel, options, self._train_rank, parallel.world_size, init_address, timeout_s
             )
-            self._offer = _offer_to(engine_dir, self._policy)
+            if options.lora is not None and options.lora.refit == ADAPTER:
+                self._offer = self._policy.adapters()
+            else:
+                self._offer = _offer_to(engine_dir, self._policy)
         return {"seconds": time.monotonic() - started_s}
 
     def prepare_refit(self, store_address: str, run_id: str, timeout_s: float) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from refit.service.config import JobConfig
-from refit.train_side.options import LoraOptions, TrainOptions, TrainParallel
+from refit.train_side.options import LORA_MODULES, LoraOptions, TrainOptions, TrainParallel
 
 MAX_SEQUENCES = 256  # an engine samples up to this many answers at once
 
@@ -42,6 +42,7 @@ def lora_options(config: JobConfig) -> LoraOptions:
         rank=config.policy.lora_rank,
         alpha=config.policy.lora_alpha,
         targets=config.policy.lora_targets,
+        refit=config.policy.lora_refit,  # type: ignore[arg-type]  # the gate has checked it
         engine_dtype="float32" if config.generation.precision == "fp32" else "bfloat16",
     )
 
@@ -65,4 +66,12 @@ def gen_options(config: JobConfig) -> dict[str, Any]:
         "max_num_seqs": MAX_SEQUENCES,
         "pause": config.refit.pause,
         "kv_cache": config.refit.kv_cache,
+        "lora": served_lora(config) if config.policy.sends_adapters else None,
     }
+
+
+def served_lora(config: JobConfig) -> dict[str, Any]:
+    """The fields of LoraSpec."""
+    policy = config.policy
+    modules = [module for target in policy.lora_targets for module in LORA_MODULES[target]]
+    return {"rank": policy.lora_rank, "alpha": policy.lora_alpha, "modules": modules}

@@ -17,6 +17,8 @@ from refit.train_side.options import LORA_TARGETS
 GOLDEN_VARIABLE = "NRL_XFERDTENSOR_GOLDEN"
 NUM_STREAMS_VARIABLE = "NRL_REFIT_NUM_STREAMS"
 MAX_DEFAULT_STREAMS = 16
+ADAPTER = "adapter"
+LORA_REFITS = ("merged", ADAPTER)
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +26,8 @@ class PolicyConfig:
     """The trainers. `nccl_xfer_refit` is absent from every YAML file, so that Hydra's `+` adds it.
 
     With `lora_rank` above 0 the weights are frozen and adapters of that rank and of strength `lora_alpha / lora_rank`
-    learn, around the layers that `lora_targets` names in Megatron's words.
+    learn, around the layers that `lora_targets` names in Megatron's words. `lora_refit` says what engines get: whole
+    weights with the adapters folded in ("merged"), or the adapters alone ("adapter"), for vLLM's own LoRA.
 
     `first_stage_layers` and `last_stage_layers` make those stages of the pipeline longer or shorter than an even share
     (None), `virtual_pipeline` cuts each stage into that many parts, which take turns.
@@ -48,10 +51,16 @@ class PolicyConfig:
     lora_rank: int = 0
     lora_alpha: float = 16.0
     lora_targets: tuple[str, ...] = LORA_TARGETS
+    lora_refit: str = "merged"
     nccl_xfer_refit: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "lora_targets", tuple(self.lora_targets))  # OmegaConf gives a list
+
+    @property
+    def sends_adapters(self) -> bool:
+        """Whether refits bring adapters, and the engines' weights stay as loaded."""
+        return self.lora_rank > 0 and self.lora_refit == ADAPTER
 
     @property
     def world_size(self) -> int:

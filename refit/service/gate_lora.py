@@ -1,13 +1,17 @@
-"""The gate's rule on LoRA: ranks that can be cut, layers that there are."""
+"""The gate's rule on LoRA: ranks that can be cut, layers that there are, engines that can serve adapters."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
 
+from refit.service.config import LORA_REFITS
 from refit.service.gate_model import ModelFacts
 from refit.service.gate_rules import Case, Violation
 from refit.train_side.options import LORA_TARGETS
+from refit.transfer.precision.checkpoint import QUANTIZATIONS
+
+MAX_SERVED_RANK = 512
 
 
 def lora(case: Case) -> Iterator[Violation]:
@@ -31,8 +35,34 @@ def lora(case: Case) -> Iterator[Violation]:
         if target not in LORA_TARGETS:
             problem, remedy = "no such layer has adapters", f"Use some of {', '.join(LORA_TARGETS)}"
             yield Violation("policy.lora_targets", policy.lora_targets, problem, remedy)
+    if policy.lora_refit not in LORA_REFITS:
+        remedy = f"Use one of {', '.join(LORA_REFITS)}"
+        yield Violation("policy.lora_refit", policy.lora_refit, "it is not supported", remedy)
+    if policy.sends_adapters:
+        yield from _adapters_alone(case)
     if case.model is not None:
         yield from _unproven(case, case.model)
+
+
+def _adapters_alone(case: Case) -> Iterator[Violation]:
+    """What vLLM's LoRA, or a version of it that lasts for one refit, does not go with."""
+    config, key = case.config, "policy.lora_refit"
+    problems = {
+        f"policy.lora_rank {config.policy.lora_rank} is above {MAX_SERVED_RANK}, the most that vLLM serves": (
+            config.policy.lora_rank > MAX_SERVED_RANK
+        ),
+        "adapters of models with experts are not validated in vLLM": (
+            case.model is not None and case.model.num_experts > 0
+        ),
+        f"LoRA on engines in {config.generation.precision} is not validated": (
+            config.generation.precision in QUANTIZATIONS
+        ),
+        "with refit.pause keep requests would go on under an adapter that is gone": config.refit.pause
+        == "keep",
+    }
+    for problem, is_so in problems.items():
+        if is_so:
+            yield Violation(key, config.policy.lora_refit, problem, "Change that, or use merged")
 
 
 def _unproven(case: Case, model: ModelFacts) -> Iterator[Violation]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Literal
 
 
@@ -57,19 +59,30 @@ class TrainParallel:
         return self.tensor * self.gtp * self.pipeline * self.data
 
 
-LORA_TARGETS = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
+LORA_MODULES: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "linear_qkv": ("q_proj", "k_proj", "v_proj"),
+        "linear_proj": ("o_proj",),
+        "linear_fc1": ("gate_proj", "up_proj"),
+        "linear_fc2": ("down_proj",),
+    }
+)
+"""Megatron's layers that can have adapters, and what HF calls them in the families that the service knows."""
+LORA_TARGETS = tuple(LORA_MODULES)
 
 
 @dataclass(frozen=True, slots=True)
 class LoraOptions:
     """Adapters of rank `rank` and strength `alpha / rank` around the layers that `targets` name, in Megatron's words.
 
+    `refit`: engines get whole weights with the adapters folded in ("merged"), or the adapters alone ("adapter").
     `engine_dtype` is what the engines store, to which folded weights are rounded.
     """
 
     rank: int
     alpha: float
     targets: tuple[str, ...] = LORA_TARGETS
+    refit: Literal["merged", "adapter"] = "merged"
     engine_dtype: Literal["bfloat16", "float32"] = "bfloat16"
 
     def __post_init__(self) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 from refit.plan import RankManifest
 from refit.train_side import build, checkpoint, cpu_compat, lora, lowering
 from refit.train_side.batch import TrainBatch
+from refit.train_side.lora_adapters import AdapterTrainer
 from refit.train_side.lora_fold import Fold
 from refit.train_side.microbatches import Microbatch, response_span, split_batch
 from refit.train_side.options import TrainOptions, TrainParallel
@@ -175,6 +176,12 @@ class PolicyTrainer:
         is only valid until the next step. Raises KeyError for a name that the model does not have.
         """
         return checkpoint.export(self._policy, self._description, names, self._fold)
+
+    def adapters(self) -> AdapterTrainer:
+        """What a refit of the adapters alone is sent by."""
+        if self._fold is None:
+            raise ValueError("this policy has no adapters: give TrainOptions.lora")
+        return AdapterTrainer(self._policy, self._description, self._fold.adapters, self.rank)
 
     def save(self, path: str | Path) -> None:
         """Write an HF checkpoint (config.json and safetensors) of the current weights."""

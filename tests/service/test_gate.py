@@ -36,6 +36,7 @@ def refuse(models, overrides, environment=LAPTOP, name="default", **changes):
 MOE = "policy.model=tiny-qwen3-moe"
 HYBRID = "policy.model=tiny-nemotron-h-dense"
 ONE_STAGE = "policy.pipeline_parallel=1"
+ADAPTER = ["policy.lora_rank=4", "policy.lora_refit=adapter", "refit.pause=keep"]
 
 REFUSALS = [
     # overrides, what the message must hold
@@ -83,6 +84,11 @@ REFUSALS = [
         [MOE, "policy.lora_rank=4", "policy.tensor_parallel=2", ONE_STAGE],
         ["policy.tensor_parallel = 2", "share out the sequence"],
     ),
+    (["policy.lora_rank=4", "policy.lora_refit=both"], ["policy.lora_refit = 'both'", "merged, adapter"]),
+    (ADAPTER, ["policy.lora_refit = 'adapter'", "refit.pause keep", "use merged"]),
+    ([*ADAPTER, MOE], ["models with experts"]),
+    ([*ADAPTER, "generation.precision=fp8"], ["engines in fp8"]),
+    ([*ADAPTER, "policy.lora_rank=1024"], ["policy.lora_rank 1024 is above 512"]),
     (["policy.lora_rank=4", "policy.lora_targets=[]"], ["policy.lora_targets = ()", "linear_qkv"]),
     (["refit.backend=mpi"], ["refit.backend = 'mpi'", "Use one of gloo, nccl"]),
     (
