@@ -247,6 +247,11 @@ class GenActor(Actor):
             )
         return {"seconds": time.monotonic() - started_s}
 
+    def describe(self) -> dict[str, Any]:
+        """The fields of EngineDescription: the layout and the switches that are live in this engine."""
+        with self._doing("describe"):
+            return dict(self._generator.describe().message())
+
     def prepare_refit(self, init_info: Mapping[str, Any]) -> dict[str, float]:
         """Let every worker describe itself and join the groups. Returns {"seconds": ...}."""
         started_s = time.monotonic()

@@ -67,6 +67,7 @@ def gen_options(config: JobConfig) -> dict[str, Any]:
         "pause": config.refit.pause,
         "kv_cache": config.refit.kv_cache,
         "lora": served_lora(config) if config.policy.sends_adapters else None,
+        "sequence_parallel": config.generation.sequence_parallel,
     }
 
 

@@ -124,6 +124,11 @@ class Cluster:
         self.remember_processes()
         return {who: answer["seconds"] for who, answer in built.items()}
 
+    def describe_engines(self) -> dict[str, dict[str, Any]]:
+        """What each engine really runs, by name; the fields of EngineDescription."""
+        calls = {name: actor.describe.remote() for name, actor in self.named_generators().items()}
+        return collect(calls, "describe", START_TIMEOUT_S)
+
     def remember_processes(self) -> None:
         """Note every process of our Ray, so that `close` finds those that lose their parent meanwhile.
 

@@ -70,11 +70,15 @@ class PolicyConfig:
 
 @dataclass(frozen=True, slots=True)
 class GenerationConfig:
-    """The generators: `replicas` vLLM engines of `tensor_parallel * pipeline_parallel` workers each."""
+    """The generators: `replicas` vLLM engines of `tensor_parallel * pipeline_parallel` workers each.
+
+    `sequence_parallel` asks for vLLM's pass; what the engines made of it is in the summary of the run.
+    """
 
     tensor_parallel: int = 2
     pipeline_parallel: int = 1
     expert_parallel: int = 1
+    sequence_parallel: bool = False
     replicas: int = 1
     precision: str = "bf16"
     max_model_len: int = 128

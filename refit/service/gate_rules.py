@@ -206,13 +206,34 @@ def generation(case: Case) -> Iterator[Violation]:
             f"generation.max_model_len {settings.max_model_len} leaves no room for a prompt",
             "Lower it, or raise generation.max_model_len",
         )
-    if settings.pipeline_parallel > 1 and case.on_cpu:
+    if settings.sequence_parallel and settings.tensor_parallel == 1:
         yield Violation(
-            "generation.pipeline_parallel",
-            settings.pipeline_parallel,
-            "pipeline-parallel generators are not validated on a machine without CUDA",
-            "Use 1; pipeline-parallel trainers are fine",
+            "generation.sequence_parallel",
+            settings.sequence_parallel,
+            "vLLM cuts a sequence over the tensor-parallel ranks of an engine, and there is one",
+            "Use false, or generation.tensor_parallel=2",
         )
+
+
+def engine_stages(case: Case) -> Iterator[Violation]:
+    """Each stage of an engine has a layer; without CUDA only what was seen to run is cut into stages."""
+    settings, model = case.config.generation, case.model
+    key, pp = "generation.pipeline_parallel", settings.pipeline_parallel
+    if model is None or pp == 1:
+        return
+    if pp > model.num_layers:
+        problem = f"the model has {model.num_layers} layers, some stages would be empty"
+        yield Violation(key, pp, problem, f"Use at most {model.num_layers}")
+    unseen = (
+        ("hybrids of Mamba and attention", model.is_hybrid),
+        ("models with latent attention", model.is_latent),
+        ("models with experts", model.num_experts > 0),
+        (f"models in {settings.precision}", settings.precision in QUANTIZATIONS),
+    )
+    for what, is_so in unseen:
+        if is_so and case.on_cpu:
+            problem = f"engines of several stages are not validated for {what} on a machine without CUDA"
+            yield Violation(key, pp, problem, "Use 1; pipeline-parallel trainers are fine")
 
 
 def heads(case: Case) -> Iterator[Violation]:
@@ -345,6 +366,7 @@ RULES: tuple[Rule, ...] = (
     heads,
     experts,
     generation,
+    engine_stages,
     grpo,
     machine,
 )

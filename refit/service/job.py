@@ -34,6 +34,7 @@ from refit.transfer.precision.checkpoint import QUANTIZATIONS, quantize_checkpoi
 BUILD_TIMEOUT_S = 600.0
 CONFIG_FILE = "config.json"
 MAX_REASONS = 5  # in the log; all of them are in plans/<digest>.json
+ENGINES_FILE = "engines.json"
 
 
 def run_job(config: JobConfig, command: tuple[str, ...], stream: TextIO) -> dict[str, Any]:
@@ -54,6 +55,7 @@ def run_job(config: JobConfig, command: tuple[str, ...], stream: TextIO) -> dict
         model_dir = _model_dir(config, run_dir)
         codec = open_codec(model_dir, model_config)
         with running_job(config, model_dir, run_dir, progress) as (cluster, coordinator):
+            engines = _record_engines(cluster, run_dir, progress)
             record = RunRecord.open(run_dir, JobMetrics())
             progress.say(f"metrics: {metrics_address()}")
             loop = GrpoLoop(
@@ -69,6 +71,7 @@ def run_job(config: JobConfig, command: tuple[str, ...], stream: TextIO) -> dict
             with progress.stepping(config.grpo.steps) as on_step:
                 steps = _run_to_the_end(loop, on_step, run_dir)
     summary = _summary(config, steps, coordinator, run_dir, time.monotonic() - started_s)
+    summary["engines"] = engines
     try:
         record.finish(summary)
     except OSError as error:
@@ -155,6 +158,16 @@ def _engine_dir(config: JobConfig, model_dir: Path, run_dir: Path) -> Path:
     if config.generation.precision not in QUANTIZATIONS:
         return model_dir
     return quantize_checkpoint(model_dir, run_dir / "engine-model", config.generation.precision)
+
+
+def _record_engines(cluster: Cluster, run_dir: Path, progress: JobProgress) -> dict[str, dict[str, Any]]:
+    """What the engines made of their configuration, by name; a switch that vLLM turned off is off here."""
+    engines = cluster.describe_engines()
+    (run_dir / ENGINES_FILE).write_text(json.dumps(engines, indent=2) + "\n")
+    for name, live in engines.items():
+        sequence = "on" if live["sequence_parallel"] else f"off, {live['sequence_off']}"
+        progress.say(f"{name}: layers by stage {live['stages']}, sequence parallel {sequence}")
+    return engines
 
 
 def _run_to_the_end(

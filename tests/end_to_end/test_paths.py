@@ -6,7 +6,15 @@ import pytest
 
 from tests.end_to_end.jobs import PATHS, Job, JobPool, some_batch
 
-CONFIGS = ("default", "tp2_to_tp1", "tp1_to_tp2", "ep2_moe_to_tp2", "dp2_to_2x_tp1", "norms_by_broadcast")
+CONFIGS = (
+    "default",
+    "tp2_to_tp1",
+    "tp1_to_tp2",
+    "ep2_moe_to_tp2",
+    "dp2_to_2x_tp1",
+    "norms_by_broadcast",
+    "pp2_to_pp2_tp2",
+)
 EVERY_RUN = ("default", "ep2_moe_to_tp2")
 
 pytestmark = [pytest.mark.ray, pytest.mark.vllm, pytest.mark.megatron, pytest.mark.timeout(900)]

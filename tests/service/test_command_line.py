@@ -76,11 +76,12 @@ def test_the_number_of_streams_is_that_of_the_trainer_stages_by_default_up_to_16
 @pytest.mark.parametrize(
     ("name", "trainers", "engines"),
     [
-        ("default", (1, 2, 1, 1), (2, 1)),
-        ("tp2_to_tp1", (2, 1, 1, 1), (1, 1)),
-        ("tp1_to_tp2", (1, 1, 1, 1), (2, 1)),
-        ("ep2_moe_to_tp2", (1, 1, 2, 2), (2, 1)),
-        ("dp2_to_2x_tp1", (1, 1, 1, 2), (1, 2)),
+        ("default", (1, 2, 1, 1), (2, 1, 1)),
+        ("tp2_to_tp1", (2, 1, 1, 1), (1, 1, 1)),
+        ("tp1_to_tp2", (1, 1, 1, 1), (2, 1, 1)),
+        ("ep2_moe_to_tp2", (1, 1, 2, 2), (2, 1, 1)),
+        ("pp2_to_pp2_tp2", (1, 2, 1, 1), (2, 2, 1)),
+        ("dp2_to_2x_tp1", (1, 1, 1, 2), (1, 1, 2)),
     ],
 )
 def test_each_named_configuration_has_the_layout_of_its_name(name, trainers, engines):
@@ -92,7 +93,7 @@ def test_each_named_configuration_has_the_layout_of_its_name(name, trainers, eng
         policy.expert_parallel,
         policy.data_parallel,
     )
-    assert engines == (generation.tensor_parallel, generation.replicas)
+    assert engines == (generation.tensor_parallel, generation.pipeline_parallel, generation.replicas)
 
 
 def test_every_configuration_file_composes_with_every_key_present_but_the_flag():

@@ -137,7 +137,11 @@ REFUSALS = [
     ([HYBRID, "policy.tensor_parallel=3"], ["number of Mamba heads of 8", "number of Mamba groups of 4"]),
     (["policy.model=tiny-nemotron-h"], ["tiny-nemotron-h", "experts without a gate", "is_act_and_mul"]),
     ([MOE, "generation.expert_parallel=2"], ["generation.expert_parallel = 2", "crashes", "Use 1"]),
-    (["generation.pipeline_parallel=2"], ["generation.pipeline_parallel = 2", "without CUDA"]),
+    (["generation.pipeline_parallel=5"], ["generation.pipeline_parallel = 5", "4 layers", "at most 4"]),
+    (
+        ["generation.sequence_parallel=true", "generation.tensor_parallel=1"],
+        ["generation.sequence_parallel = True", "there is one", "generation.tensor_parallel=2"],
+    ),
     (["generation.temperature=0.7"], ["generation.temperature = 0.7", "Use 1.0"]),
     (["generation.max_new_tokens=128"], ["generation.max_new_tokens = 128", "no room for a prompt"]),
     (["generation.max_model_len=4096"], ["generation.max_model_len = 4096", "512 positions"]),
@@ -257,6 +261,23 @@ def test_a_latent_that_the_cpu_kernel_cannot_read_is_refused_without_cuda_only(m
     with pytest.raises(ConfigError, match=r"its MLA caches 64 \+ 32 elements.*kv_lora_rank 512"):
         check(config, other, LAPTOP)
     check(config, other, EIGHT_GPUS)
+
+
+@pytest.mark.parametrize("tensor", [1, 2])
+def test_an_engine_may_be_a_pipeline_also_of_stages_of_unequal_length(models, tensor):
+    for pipeline in (2, 3, 4):
+        overrides = [f"generation.pipeline_parallel={pipeline}", f"generation.tensor_parallel={tensor}"]
+        check(load_config("default", overrides), models["tiny-qwen3"], LAPTOP)
+
+
+@pytest.mark.parametrize(
+    "overrides", [[HYBRID], ["policy.model=tiny-deepseek-v3"], ["generation.precision=fp8"]]
+)
+def test_stages_of_engines_that_no_cpu_was_seen_to_run_are_refused_without_cuda_only(models, overrides):
+    overrides = [*overrides, "generation.pipeline_parallel=2"]
+    assert "generation.pipeline_parallel = 2: engines of several stages" in refuse(models, overrides)
+    too_many = [*overrides, "refit.backend=nccl", "grpo.samples_per_prompt=1"]  # so that it is refused there too
+    assert "several stages" not in refuse(models, too_many, EIGHT_GPUS)
 
 
 def test_engine_experts_must_be_spread_over_all_tensor_ranks(models):
