@@ -123,9 +123,7 @@ class Requests:
             if self._num_asking:
                 time.sleep(YIELD_S)  # locks are not fair: without this nobody else would get a turn
             with self._turn:
-                if (
-                    not self._open
-                ):  # outside of a turn, requests that are about to be asked again may be missing
+                if not self._open:  # read in a turn: amid another's, requests to be asked again are missing
                     return
                 if time.monotonic() > deadline_s:
                     late = f"generate: {len(self._open)} requests are open after {timeout_s:.0f} s"

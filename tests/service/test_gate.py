@@ -276,8 +276,8 @@ def test_an_engine_may_be_a_pipeline_also_of_stages_of_unequal_length(models, te
 def test_stages_of_engines_that_no_cpu_was_seen_to_run_are_refused_without_cuda_only(models, overrides):
     overrides = [*overrides, "generation.pipeline_parallel=2"]
     assert "generation.pipeline_parallel = 2: engines of several stages" in refuse(models, overrides)
-    too_many = [*overrides, "refit.backend=nccl", "grpo.samples_per_prompt=1"]  # so that it is refused there too
-    assert "several stages" not in refuse(models, too_many, EIGHT_GPUS)
+    with_another_fault = [*overrides, "refit.backend=nccl", "grpo.samples_per_prompt=1"]
+    assert "several stages" not in refuse(models, with_another_fault, EIGHT_GPUS)
 
 
 def test_engine_experts_must_be_spread_over_all_tensor_ranks(models):
