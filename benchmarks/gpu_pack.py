@@ -3,10 +3,11 @@
     python benchmarks/gpu_pack.py                 # one CUDA device, seconds
     python benchmarks/gpu_pack.py --tiny          # small buckets; without a GPU under Triton's interpreter, no times
 
-Boxes are those that a rank of a real plan sends: QKV groups, expert halves, column cuts, and a cast to bfloat16. Bytes
-are compared with torch views before anything is timed. A share is the bytes that a kernel reads and writes per second
-over those of a device-to-device copy of the same bucket in the same run (`digest_share`: bucket bytes per second over
-the copy's bucket bytes per second, since a digest writes nothing). Seconds are medians over the repeats.
+Boxes are those that a rank of a real plan sends: QKV groups, expert halves, column cuts, and a cast to bfloat16; and
+the matrices of a rank, quantized to FP8 blocks on their way into the bucket. Bytes are compared with torch views and
+the codec before anything is timed. A share is the bytes that a kernel reads and writes per second over those of a
+device-to-device copy of the same bucket in the same run (`digest_share`: bucket bytes per second over the copy's bucket
+bytes per second, since a digest writes nothing). Seconds are medians over the repeats.
 """
 
 import argparse
@@ -29,11 +30,13 @@ from refit.plan.synth.config import load_model
 from refit.plan.synth.gen import gen_manifest
 from refit.plan.synth.parallel import parse_gen, parse_train
 from refit.plan.synth.train import train_manifest
-from refit.transfer.kernels import reference, triton_bucket
-from refit.transfer.kernels.table import Box, copy_table, digest_table
-from refit.transfer.memory import as_bytes, torch_dtype
+from refit.transfer.kernels import fp8, reference, triton_bucket
+from refit.transfer.kernels.table import WIDE_BYTES, Box, copy_table, digest_table
+from refit.transfer.memory import as_bits, as_bytes, torch_dtype
+from refit.transfer.precision.codecs import codec_of
 
-PACK_TARGET, DIGEST_TARGET = 0.85, 0.8
+PACK_TARGET, DIGEST_TARGET, QUANTIZE_TARGET = 0.85, 0.8, 0.8
+FP8_CODEC = codec_of("fp8")
 TINY_BYTES = 48 << 10
 
 
@@ -86,11 +89,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     device = torch.device("cuda" if on_gpu else "cpu")
     limit = TINY_BYTES if options.tiny else options.bucket_mib << 20
     rows = [run_case(case, device, limit, options.repeats) for case in CASES]
+    rows.append(run_quantize(device, limit, options.repeats))
     line = {
         "benchmark": "gpu_pack",
         "commit": commit(),
         "hardware": torch.cuda.get_device_name() if on_gpu else f"{platform.machine()}, interpreted",
-        "targets": {"pack": PACK_TARGET, "unpack": PACK_TARGET, "digest": DIGEST_TARGET},
+        "targets": {
+            "pack": PACK_TARGET,
+            "unpack": PACK_TARGET,
+            "digest": DIGEST_TARGET,
+            "quantize": QUANTIZE_TARGET,
+        },
         "cases": rows,
     }
     print(json.dumps(line))
@@ -119,6 +128,35 @@ def run_case(case: Case, device: torch.device, limit_bytes: int, repeats: int) -
         "equal": True,
     }
     return row | (shares(bucket, calls, packed, repeats) if device.type == "cuda" else {})
+
+
+def run_quantize(device: torch.device, limit_bytes: int, repeats: int) -> dict[str, object]:
+    """The same for the kernel that quantizes on the way into the bucket."""
+    bucket = make_quantize_case(device, limit_bytes)
+    tables = fp8.quantize_tables(bucket.pieces, device)
+    fp8.quantize(tables)
+    require_equal_blocks(bucket)
+    row: dict[str, object] = {
+        "name": "quantize_fp8",
+        "bytes": bucket.memory.nbytes,
+        "boxes": len(bucket.pieces),
+        "tiles": sum(len(table.tile_rows) for table in tables),
+        "equal": True,
+    }
+    if device.type != "cuda":
+        return row
+    other = torch.empty_like(bucket.memory)
+    median = median_seconds(
+        {"copy": lambda: other.copy_(bucket.memory), "quantize": lambda: fp8.quantize(tables)}, repeats
+    )
+    copy_rate = 2 * bucket.memory.nbytes / median["copy"]
+    share = bucket.touched_bytes / median["quantize"] / copy_rate
+    return row | {
+        "copy_gb_per_s": copy_rate / 1e9,
+        **{f"{name}_s": value for name, value in median.items()},
+        "quantize_share": share,
+        "reached": share >= QUANTIZE_TARGET,
+    }
 
 
 def make_bucket(case: Case, device: torch.device, limit_bytes: int) -> BucketCase:
@@ -195,14 +233,7 @@ def shares(
 ) -> dict[str, object]:
     """Bandwidths relative to a copy of the bucket, all timed in turn within each repeat."""
     other = torch.empty_like(packed)
-    timed = {"copy": lambda: other.copy_(packed), **calls}
-    seconds: dict[str, list[float]] = {name: [] for name in timed}
-    for repeat in range(repeats + 3):
-        for name, call in timed.items():
-            taken = device_seconds(call)
-            if repeat >= 3:  # the first ones compile and warm up
-                seconds[name].append(taken)
-    median = {name: statistics.median(values) for name, values in seconds.items()}
+    median = median_seconds({"copy": lambda: other.copy_(packed), **calls}, repeats)
     copy_rate = 2 * bucket.num_bytes / median["copy"]
     found = {name: bucket.touched_bytes / median[name] / copy_rate for name in ("pack", "unpack")}
     found["digest"] = median["copy"] / median["digest"]
@@ -213,6 +244,66 @@ def shares(
         **{f"{name}_share": value for name, value in found.items()},
         "reached": all(found[name] >= target for name, target in targets.items()),
     }
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizeCase:
+    """Pieces whose elements and scales lie one after the other in `memory`."""
+
+    pieces: tuple[fp8.Piece, ...]
+    memory: Tensor
+
+    @property
+    def touched_bytes(self) -> int:
+        """Bytes read and written: each element and each scale once."""
+        return self.memory.nbytes + sum(piece.source.nbytes for piece in self.pieces)
+
+
+def make_quantize_case(device: torch.device, limit_bytes: int) -> QuantizeCase:
+    """The matrices of trainer 0 in a layout of a published model, whole rows of them, until the bucket is full."""
+    params = train_manifest(load_model("qwen3-4b"), parse_train("tp=2")).ranks[0].params
+    memory = torch.zeros(limit_bytes, dtype=torch.uint8, device=device)
+    generator = torch.Generator(device).manual_seed(0)
+    pieces: list[fp8.Piece] = []
+    end = 0
+    for _, num_rows, num_columns in ((p.name, *p.shape) for p in params if len(p.shape) == 2):
+        row_bytes = num_columns + 4 * -(-num_columns // 128)  # as if every row had scales of its own
+        num_rows = min(num_rows, (limit_bytes - end - 2 * WIDE_BYTES) // row_bytes)
+        if num_rows < 1:
+            break
+        source = torch.randn(num_rows, num_columns, generator=generator, device=device).to(torch.bfloat16)
+        blocks = FP8_CODEC.maxima(source, (0, 0)).shape
+        stop = end + num_rows * num_columns
+        first_scale = -(-stop // WIDE_BYTES) * WIDE_BYTES
+        elements = memory[end:stop].view(torch.float8_e4m3fn).view(num_rows, num_columns)
+        end = first_scale + 4 * blocks.numel()
+        scales = memory[first_scale:end].view(torch.float32).view(blocks)
+        end = -(-end // WIDE_BYTES) * WIDE_BYTES
+        pieces.append(fp8.Piece(source, (0, 0), elements, scales))
+    return QuantizeCase(tuple(pieces), memory[:end])
+
+
+def require_equal_blocks(bucket: QuantizeCase) -> None:
+    """What lies in the bucket against the codec, bit for bit."""
+    for number, piece in enumerate(bucket.pieces):
+        parts = FP8_CODEC.encode(piece.source, piece.at, FP8_CODEC.maxima(piece.source, piece.at))
+        for name, got, wanted in zip(
+            ("elements", "scales"), (piece.elements, piece.scales), parts, strict=True
+        ):
+            assert torch.equal(as_bits(got), as_bits(wanted)), (
+                f"{name} of piece {number} differ from the codec's"
+            )
+
+
+def median_seconds(calls: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
+    """Of each call, timed in turn within each repeat."""
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for repeat in range(repeats + 3):
+        for name, call in calls.items():
+            taken = device_seconds(call)
+            if repeat >= 3:  # the first ones compile and warm up
+                seconds[name].append(taken)
+    return {name: statistics.median(values) for name, values in seconds.items()}
 
 
 def device_seconds(call: Callable[[], object]) -> float:

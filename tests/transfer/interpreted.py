@@ -7,15 +7,18 @@ from types import ModuleType
 
 import pytest
 
-from refit.transfer.kernels import programs, triton_bucket
+from refit.transfer.kernels import fp8, fp8_programs, programs, triton_bucket
+
+MODULES = (programs, triton_bucket, fp8_programs, fp8)
 
 
 @contextmanager
 def interpreted_kernels() -> Iterator[ModuleType]:
-    """`triton_bucket` with programs that are interpreted; Triton decides that when it sees the decorator."""
+    """`triton_bucket` (and `fp8`) with programs that are interpreted; Triton decides that at the decorator."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_INTERPRET", "1")
-        importlib.reload(programs)
-        yield importlib.reload(triton_bucket)
-    importlib.reload(programs)
-    importlib.reload(triton_bucket)
+        for module in MODULES:
+            importlib.reload(module)
+        yield triton_bucket
+    for module in MODULES:
+        importlib.reload(module)

@@ -15,7 +15,7 @@ def test_kernels_equal_torch_views_on_the_shapes_of_published_models(capsys, mon
         assert gpu_pack.main(["--tiny"]) == 0
     (line,) = capsys.readouterr().out.splitlines()
     rows = {row["name"]: row for row in json.loads(line)["cases"]}
-    assert set(rows) == {"qkv_groups", "column_cuts", "expert_halves", "cast_to_bf16"}
+    assert set(rows) == {"qkv_groups", "column_cuts", "expert_halves", "cast_to_bf16", "quantize_fp8"}
     for row in rows.values():
         assert row["equal"] is True
         assert 0 < row["bytes"] <= gpu_pack.TINY_BYTES
