@@ -5,28 +5,50 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from refit.service.gate_model import ModelFacts
-from refit.service.gate_rules import Case, Violation
+from refit.service.gate_rules import PRECISIONS, Case, Violation
 from refit.transfer.precision.checkpoint import QUANTIZATIONS
+from refit.transfer.precision.codecs import CODECS
 from refit.transfer.precision.fp8 import BLOCK, FP8_BLOCK
 from refit.transfer.precision.mxfp8 import MXFP8
+
+CAST = frozenset((train, engine) for train in PRECISIONS for engine in PRECISIONS)
+QUANTIZED = frozenset(("bf16", form) for form in QUANTIZATIONS)
+PAIRS = CAST | QUANTIZED
+"""(policy.precision, generation.precision) that a job's refits connect."""
 
 
 def precisions(case: Case) -> Iterator[Violation]:
     """Training and serving precision meet in the refit; only some pairs do so exactly."""
     policy, settings = case.config.policy, case.config.generation
-    if settings.precision not in QUANTIZATIONS:
-        return
     key = "generation.precision"
-    if policy.precision != "bf16":
-        problem = f"policy.precision {policy.precision!r} is not quantized on the way; only bf16 is"
-        yield Violation(key, settings.precision, problem, "Use policy.precision=bf16, or an engine in fp32")
-    if case.model is None:
+    if (policy.precision, settings.precision) not in PAIRS:
+        problem, remedy = _why_not(policy.precision, settings.precision)
+        yield Violation(key, settings.precision, problem, remedy)
+    if case.model is None or settings.precision not in QUANTIZATIONS:
         return
     if settings.precision == MXFP8.name and case.model.num_experts:
         problem = "experts in MXFP8 are not validated"
         yield Violation(key, settings.precision, problem, f"Use {FP8_BLOCK.name} for models with experts")
     if settings.precision == FP8_BLOCK.name:
         yield from _whole_blocks(case.model, settings.tensor_parallel)
+
+
+def _why_not(train: str, engine: str) -> tuple[str, str]:
+    """(problem, way out) of a pair that is not among PAIRS; both precisions are named."""
+    if train in CODECS:
+        return (
+            f"policy.precision {train!r} needs Transformer Engine, with which no job trains yet",
+            "Use policy.precision=bf16",
+        )
+    if engine in QUANTIZATIONS:
+        return (
+            f"policy.precision {train!r} is not quantized on the way; only bf16 is",
+            "Use policy.precision=bf16, or an engine in fp32",
+        )
+    return (
+        f"no engine of a job reads it, from policy.precision {train!r} or any other",
+        f"Use one of {', '.join((*PRECISIONS, *QUANTIZATIONS))}",
+    )
 
 
 def _whole_blocks(model: ModelFacts, tp: int) -> Iterator[Violation]:

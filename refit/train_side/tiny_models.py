@@ -39,6 +39,12 @@ def _qwen3(overrides: Mapping[str, Any]) -> Any:
     return Qwen3Config(**{**_COMMON, **sizes, **overrides})
 
 
+def _qwen3_wide(overrides: Mapping[str, Any]) -> Any:
+    """The least whose engines store whole FP8 blocks of 128 x 128 on each of two ranks."""
+    sizes = {"num_hidden_layers": 2, "num_attention_heads": 2, "head_dim": 128}
+    return _qwen3({**sizes, **overrides})
+
+
 def _qwen3_moe(overrides: Mapping[str, Any]) -> Any:
     from transformers import Qwen3MoeConfig
 
@@ -121,6 +127,7 @@ def _nemotron_h_dense(overrides: Mapping[str, Any]) -> Any:
 TINY_MODELS: Mapping[str, Callable[[Mapping[str, Any]], Any]] = MappingProxyType(
     {
         "tiny-qwen3": _qwen3,
+        "tiny-qwen3-wide": _qwen3_wide,
         "tiny-qwen3-moe": _qwen3_moe,
         "tiny-qwen2.5": _qwen25,
         "tiny-llama": _llama,

@@ -25,6 +25,7 @@ KEYS = {
     "bulk_share",
     "weight_version",
 }
+KL_LIMIT = 1.2e-2
 MARK = "REFIT_TEST_JOB"
 SECRETS = {"HF_TOKEN": "hf_s3cr3t-of-the-test", "WANDB_API_KEY": "wandb-s3cr3t-of-the-test"}
 CASES = [
@@ -61,6 +62,25 @@ def test_the_main_job_runs_and_leaves_records_and_no_process(
     steps = [json.loads(line) for line in (tmp_path / "steps.jsonl").read_text().splitlines()]
     assert [step["weight_version"] for step in steps] == [0, 1, 2]
     assert any(file.name.startswith("events.out.tfevents") for file in tmp_path.rglob("*"))
+
+
+@pytest.mark.slow
+def test_a_job_whose_engine_stores_fp8_audits_equal_stays_near_its_trainers_and_sends_fewer_bytes(
+    tmp_path: Path,
+) -> None:
+    command = ["--config-name", "bf16_to_fp8", "+policy.nccl_xfer_refit=true", "grpo.steps=2"]
+    found = {
+        precision: run_job(
+            [*command, f"generation.precision={precision}", "refit.verify_every=1"], {}, tmp_path / precision
+        )
+        for precision in ("fp8", "bf16")
+    }
+    print(json.dumps(found))
+    for summary in found.values():
+        assert summary["steps"] == summary["weight_version"] == summary["audits"] == 2
+        assert summary["bulk_share"] >= 0.99
+    assert 0 < found["bf16"]["gen_kl_max"] < found["fp8"]["gen_kl_max"] <= KL_LIMIT
+    assert found["fp8"]["bulk_bytes"] < 0.6 * found["bf16"]["bulk_bytes"]  # embeddings and head stay in bf16
 
 
 def run_job(arguments: list[str], environment: dict[str, str], folder: Path) -> dict[str, Any]:

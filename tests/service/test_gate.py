@@ -20,7 +20,8 @@ EIGHT_GPUS = dataclasses.replace(LAPTOP, num_cuda_devices=8)
 @pytest.fixture(scope="module")
 def models():
     """The HF configs that `policy.model` names, read once: transformers takes seconds to import."""
-    names = ("tiny-qwen3", "tiny-qwen3-moe", "tiny-deepseek-v3", "tiny-nemotron-h", "tiny-nemotron-h-dense")
+    names = ("tiny-qwen3", "tiny-qwen3-wide", "tiny-qwen3-moe", "tiny-deepseek-v3")
+    names += ("tiny-nemotron-h", "tiny-nemotron-h-dense")
     return {name: read_model_config(name) for name in names}
 
 
@@ -163,6 +164,28 @@ def test_a_setting_that_cannot_work_is_refused_with_key_value_and_remedy(models,
     message = refuse(models, overrides)
     for words in says:
         assert words in message
+
+
+# policy.precision -> what generation.precision may be; every other pair of these words is refused
+WORDS = ("bf16", "fp32", "fp8", "mxfp8", "nvfp4")
+CONNECTED = {"bf16": ("bf16", "fp32", "fp8", "mxfp8"), "fp32": ("bf16", "fp32")}
+
+
+@pytest.mark.parametrize("engine", WORDS)
+@pytest.mark.parametrize("train", WORDS)
+def test_each_pair_of_precisions_is_connected_or_refused_by_the_names_of_both(models, train, engine):
+    overrides = [
+        "policy.model=tiny-qwen3-wide",
+        f"policy.precision={train}",
+        f"generation.precision={engine}",
+    ]
+    if engine in CONNECTED.get(train, ()):
+        config = load_config("default", overrides)
+        check(config, models["tiny-qwen3-wide"], LAPTOP)
+        return
+    message = refuse(models, overrides)
+    assert f"generation.precision = {engine!r}: " in message
+    assert f"policy.precision {train!r}" in message and ("Use one of" in message or "=bf16" in message)
 
 
 MODEL_REFUSALS = [
