@@ -128,10 +128,36 @@ class ZeroCenteredNorm(torch.nn.Module):
 def _with_mla_core(layer: Any) -> Any:
     attention = layer.submodules.self_attention
     core = replace(attention.submodules, core_attention=mla_core_attention())
-    return replace(
-        layer,
-        submodules=replace(layer.submodules, self_attention=replace(attention, submodules=core)),
-    )
+    local = replace(attention, module=mla_attention(), submodules=core)
+    return replace(layer, submodules=replace(layer.submodules, self_attention=local))
+
+
+@functools.cache
+def mla_attention() -> type:
+    """Megatron's MLA with the gradients of all heads for the keys that carry positions, which all heads share.
+
+    Local layers cut the down projection by tensor parallelism, and Megatron 0.19 gathers its output in a way that gives
+    each rank the gradients of its own heads only.
+    """
+    from megatron.core.tensor_parallel import mappings
+    from megatron.core.transformer.multi_latent_attention import MLASelfAttention
+
+    class LocalMlaSelfAttention(MLASelfAttention):
+        def _qkv_down_projection(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            queries, latent = super()._qkv_down_projection(hidden_states)
+            sizes = [self.config.kv_lora_rank, self.config.qk_pos_emb_head_dim]
+            if latent.size(-1) == sum(sizes):
+                return queries, latent
+            latent = mappings.gather_from_tensor_model_parallel_region(latent)
+            if (
+                self.config.sequence_parallel
+            ):  # the caller gathers the keys' sequence, and that sums their gradients
+                return queries, mappings.scatter_to_sequence_parallel_region(latent)
+            content, positions = latent.split(sizes, -1)
+            summed = mappings.copy_to_tensor_model_parallel_region(positions)
+            return queries, torch.cat((content, summed), -1)
+
+    return LocalMlaSelfAttention
 
 
 @functools.cache
