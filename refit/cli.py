@@ -20,6 +20,8 @@ COMMANDS = {
         "refit.commands.doctor",
         "check this environment, or every node of a cluster, and say what to fix",
     ),
+    "read": ("refit.commands.read", "rows of a tensor from a running engine, by HF name"),
+    "diff": ("refit.commands.diff", "where trainers, engines and checkpoints differ, down to the element"),
     "report": ("refit.commands.report", "one HTML page about a run"),
 }
 

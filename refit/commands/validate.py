@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--matrix", default="l0", metavar="l0|l1|FILE", help="which cases (default l0)")
+    parser.add_argument("--matrix", default="l0", metavar="l0|l1|read|FILE", help="which cases (default l0)")
     parser.add_argument(
         "--case", action="append", default=[], metavar="NAME", help="only this case; repeatable"
     )

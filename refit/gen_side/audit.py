@@ -73,7 +73,7 @@ def observe_staging(model: torch.nn.Module, staging: Staging) -> Loaded:
     """Digest an open staging. Call when nothing is loaded any more, and before anything is packed."""
     trace = staging.trace
     memory = {name: plain(tensor) for name, tensor in staging.tensors.items() if name in trace.written}
-    packed = {name: memory[name] + 0 for name, _ in _packed(model, trace) if name in memory}
+    packed = {name: memory[name] + 0 for name, _ in packed_params(model, trace) if name in memory}
     return Loaded(
         digests=_tensor_digests(trace, memory),
         unsigned=_tensor_digests(trace, packed),
@@ -84,7 +84,7 @@ def observe_staging(model: torch.nn.Module, staging: Staging) -> Loaded:
 
 def observe_commit(model: torch.nn.Module, loaded: Loaded) -> Committed:
     """Digest live memory right after the commit of `loaded`."""
-    live = dict(_live(model))
+    live = dict(live_tensors(model))
     digests = {name: whole_digest(plain(live[name])) for name in loaded.params if live[name].numel()}
     same = frozenset(
         name
@@ -96,7 +96,7 @@ def observe_commit(model: torch.nn.Module, loaded: Loaded) -> Committed:
 
 def audit(model: torch.nn.Module, trace: LoaderTrace, committed: Committed | None) -> AuditReport:
     """Digests of live memory now. Without a commit (as loaded from disk) only the hashes are given."""
-    live = {name: plain(tensor) for name, tensor in _live(model)}
+    live = {name: plain(tensor) for name, tensor in live_tensors(model)}
     packed = _read_all_packed(model, trace)
     hashes = {name: _sha256(tensor) for name, tensor in live.items() if name not in packed or tensor.numel()}
     for name, tensor in packed.items():
@@ -177,7 +177,7 @@ def _tensor_digests(trace: LoaderTrace, memory: Mapping[str, torch.Tensor]) -> D
 def _read_all_packed(model: torch.nn.Module, trace: LoaderTrace) -> dict[str, torch.Tensor]:
     specs = {spec.name: spec for spec in trace.params}
     found = {}
-    for name, module in _packed(model, trace):
+    for name, module in packed_params(model, trace):
         if name in specs:
             tensor = read_packed(module, specs[name].shape, getattr(torch, specs[name].dtype))
             if tensor is not None:
@@ -185,14 +185,14 @@ def _read_all_packed(model: torch.nn.Module, trace: LoaderTrace) -> dict[str, to
     return found
 
 
-def _packed(model: torch.nn.Module, trace: LoaderTrace) -> Iterator[tuple[str, torch.nn.Module]]:
+def packed_params(model: torch.nn.Module, trace: LoaderTrace) -> Iterator[tuple[str, torch.nn.Module]]:
     """Modules that compute with packed memory, by the name under which the loader writes their weight."""
     aliases = dict(trace.aliases)
     for name, module in packed_modules(model):
         yield aliases.get(name, name), module
 
 
-def _live(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+def live_tensors(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     for module_name, module in model.named_modules():
         for key, tensor in layer_tensors(module).items():
             yield (f"{module_name}.{key}" if module_name else key), tensor

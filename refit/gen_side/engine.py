@@ -28,12 +28,14 @@ from vllm.distributed.weight_transfer.base import (
 
 from refit.gen_side.audit import AuditReport, Committed, Loaded, audit, observe_commit, observe_staging
 from refit.gen_side.hf_index import read_hf_shapes
+from refit.gen_side.live_memory import LiveMemory
 from refit.gen_side.staging import CommitReport, Staging
 from refit.gen_side.trace import LoaderTrace, trace_loader
 from refit.plan import ConfigError, ParamSpec, RankManifest
 from refit.transfer.endpoint import Endpoint
 from refit.transfer.errors import RefitFailed
 from refit.transfer.protocol import FinishReport, audit_keys, finished_key
+from refit.transfer.reading import Holder, Reads
 from refit.transfer.rendezvous import ControlStore
 
 _log = logging.getLogger(__name__)
@@ -41,7 +43,10 @@ _log = logging.getLogger(__name__)
 
 @dataclass
 class RefitInitInfo(WeightTransferInitInfo):
-    """`action` "prepare" needs every field but `audit`; "audit" needs only `audit`."""
+    """`action` "prepare" needs every field but `audit` and `read`; "audit" needs only `audit`.
+
+    "read" answers ask number `read` of the reader that has `run_id` in the control store at `store`.
+    """
 
     action: str
     store: str = ""
@@ -50,21 +55,22 @@ class RefitInitInfo(WeightTransferInitInfo):
     replica: int = 0
     timeout_s: float = 0.0
     audit: str = ""
+    read: str = ""
 
     def __post_init__(self) -> None:
         match self.action:
-            case "prepare":
+            case "prepare" | "read":
                 host, _, port = self.store.rpartition(":")
                 if not host or not port.isdigit() or not self.run_id or self.timeout_s <= 0:
                     raise ConfigError(
-                        f"prepare needs store 'host:port', run_id and timeout_s > 0; got store {self.store!r},"
+                        f"{self.action} needs store 'host:port', run_id and timeout_s > 0; got store {self.store!r},"
                         f" run_id {self.run_id!r}, timeout_s {self.timeout_s}"
                     )
             case "audit":
                 if not self.audit:
                     raise ConfigError("audit needs an audit id; got an empty one")
             case _:
-                raise ConfigError(f"action {self.action!r} is not known; use 'prepare' or 'audit'")
+                raise ConfigError(f"action {self.action!r} is not known; use 'prepare', 'audit' or 'read'")
 
 
 @dataclass
@@ -144,6 +150,7 @@ class RefitWeightTransferEngine(WeightTransferEngine[RefitInitInfo, RefitUpdateI
         self._broken = ""
         self._arrival: Background[RefitUpdateInfo] | None = None
         self._packing: Background[Ready] | None = None
+        self._reads = Reads()
         self._timeout_s = 0.0
         self._phase, self._reason = "", ""
 
@@ -154,6 +161,8 @@ class RefitWeightTransferEngine(WeightTransferEngine[RefitInitInfo, RefitUpdateI
                 self._run("prepare", lambda: self._prepare(init_info))
             case "audit":
                 self._run("audit", lambda: self._audit(init_info.audit))
+            case "read":
+                self._read(init_info)
 
     def start_weight_update(self) -> None:
         """Begin a staging beside the live model."""
@@ -197,6 +206,7 @@ class RefitWeightTransferEngine(WeightTransferEngine[RefitInitInfo, RefitUpdateI
     def shutdown(self) -> None:
         """Close groups and store; safe at any time."""
         self._drop_staging()
+        self._reads.close()
         if self._session is not None:
             self._session.endpoint.close()
             self._session.control.close()
@@ -230,6 +240,7 @@ class RefitWeightTransferEngine(WeightTransferEngine[RefitInitInfo, RefitUpdateI
     def _begin(self) -> None:
         self._require_session()
         self._drop_staging()
+        self._reads.forget()
         self._staging = self._new_staging()
 
     def _receive(self, update: RefitUpdateInfo) -> None:
@@ -298,9 +309,7 @@ class RefitWeightTransferEngine(WeightTransferEngine[RefitInitInfo, RefitUpdateI
     # What is refitted is said in the five methods that follow; `refit.gen_side.lora` refits adapters with others.
 
     def _manifest(self, gen_rank: int, stage: int, replica: int) -> RankManifest:
-        if self._trace is None:
-            self._trace = trace_loader(self.model, read_hf_shapes(self.model_config.model))
-        return self._trace.manifest(gen_rank=gen_rank, stage=stage, replica=replica)
+        return self._traced().manifest(gen_rank=gen_rank, stage=stage, replica=replica)
 
     def _new_staging(self) -> Staging:
         return Staging.begin(self.model, self._require_trace())
@@ -320,6 +329,26 @@ class RefitWeightTransferEngine(WeightTransferEngine[RefitInitInfo, RefitUpdateI
 
     def _audited(self) -> AuditReport:
         return audit(self.model, self._require_trace(), self._committed)
+
+    def _traced(self) -> LoaderTrace:
+        if self._trace is None:
+            self._trace = trace_loader(self.model, read_hf_shapes(self.model_config.model))
+        return self._trace
+
+    def _read(self, info: RefitInitInfo) -> None:
+        """Read-only, and apart from refits: a read that fails is told to its reader and changes no state here."""
+        rank, stage = get_world_group().rank_in_group, get_pp_group().rank_in_group
+        holder = Holder(
+            rank,
+            self._version or 0,
+            lambda: self._traced().manifest(gen_rank=rank, stage=stage, replica=0),
+            lambda: LiveMemory(self.model, self._traced(), self._committed),
+            self._broken,
+        )
+        try:
+            self._reads.answer(vars(info), holder)
+        except Exception:
+            _log.exception("refit: a read got no answer")  # its reader is gone, or runs into its time limit
 
     def _audit(self, audit_id: str) -> None:
         session = self._require_session()

@@ -17,6 +17,7 @@ from typing import Any
 
 from refit.gen_side.arguments import build_llm
 from refit.gen_side.bounds import CLOSE_S, children, deadline, end_processes, message_queues, shut_down
+from refit.gen_side.desk import Desk
 from refit.gen_side.live import EngineDescription, WorkerFacts
 from refit.gen_side.requests import Prompt, Requests, Sample, as_input, prompt_logprobs
 from refit.plan.errors import ConfigError
@@ -24,6 +25,7 @@ from refit.transfer.errors import Failure, RefitFailed, TransportError
 from refit.transfer.protocol import decision_key
 from refit.transfer.rendezvous import ControlStore
 
+DESK_S = 10.0  # longest wait until reads are taken; a refit does not need them
 POLL_S = 0.005
 ENVIRONMENT = {
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
@@ -97,6 +99,7 @@ class Generator:
         self._children = children
         self._queues = message_queues(llm)
         self._control: ControlStore | None = None
+        self._desk: Desk | None = None
         self._timeout_s = options.call_timeout_s
         self._staged: tuple[int, int] | None = None
         self._failure = ""
@@ -189,6 +192,7 @@ class Generator:
                     None
                 )  # a round that failed before its end; prepare has dropped what was staged
             self._settle("prepare")
+        self._attend(str(init_info["store"]), int(init_info["replica"]))
 
     def stage(self, version: int, attempt: int) -> None:
         """Receive `version` beside the weights that serve. Raises the first failure of the round.
@@ -238,12 +242,22 @@ class Generator:
             self._llm.init_weight_transfer_engine({"init_info": {"action": "audit", "audit": audit_id}})
             self._settle("audit")
 
+    def read(self, info: Mapping[str, Any]) -> None:
+        """Let the workers answer one ask of a reader: {"store", "run_id", "read", "timeout_s"}, see `reading`.
+
+        Takes a turn between two steps; the weights that serve are read, also while a version is being staged. Raises
+        TransportError when there is no turn within `timeout_s`; the engine's own time-out bounds the answer.
+        """
+        turn = self._requests.between_steps(float(info["timeout_s"]))
+        with turn, self._bounded("read", self._timeout_s):
+            self._llm.init_weight_transfer_engine({"init_info": {"action": "read", **info}})
+
     def flip_element(self, param: str, index: int, worker: int | None = None) -> int:
         """Fault injection for validation runs: flip a bit of one live element of `worker`, or of every worker.
 
         Returns how many workers had it.
         """
-        with self._bounded("flip_element", self._timeout_s):
+        with self._bounded("flip_element", self._timeout_s), self._requests.between_steps():
             found = self._llm.collective_rpc(
                 "refit_flip_element", timeout=self._timeout_s, args=(param, index, worker)
             )
@@ -265,12 +279,24 @@ class Generator:
     def close(self) -> None:
         """Stop the engine and every process it started. Safe to call twice, and after a failure."""
         llm, self._llm = self._llm, None
+        if self._desk is not None:
+            self._desk.close()
         if self._control is not None:
             self._control.close()
             self._control = None
         if llm is not None:
             shut_down(llm, self._queues)
         end_processes(self._children)
+
+    def _attend(self, store: str, replica: int) -> None:
+        """Take reads from the job's control store, under the number that this engine has in its newest plan."""
+        desk = self._desk
+        if desk is not None and desk.is_alive() and (desk.store, desk.replica) == (store, replica):
+            return
+        if desk is not None:
+            desk.close()
+        self._desk = Desk(store, replica, self.read)
+        self._desk.attending.wait(DESK_S)
 
     def _receive(self, update_info: dict[str, Any]) -> None:
         llm, requests = self._llm, self._requests

@@ -131,13 +131,17 @@ class Requests:
                 self._step()
 
     @contextlib.contextmanager
-    def between_steps(self) -> Iterator[None]:
-        """Inside, no step runs; requests under way wait."""
+    def between_steps(self, timeout_s: float = threading.TIMEOUT_MAX) -> Iterator[None]:
+        """Inside, no step runs; requests under way wait. Raises TransportError when there is no turn in time."""
         self._num_asking += 1
         try:
-            self._turn.acquire()
+            taken = self._turn.acquire(timeout=timeout_s)
         finally:
             self._num_asking -= 1
+        if not taken:
+            raise TransportError(
+                f"there was no turn between two steps of the engine within {timeout_s:.0f} s"
+            )
         try:
             yield
         finally:

@@ -21,8 +21,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from refit.plan import Region, hf_names
 from refit.service.config import ADAPTER
-from refit.service.oracle import Shares, digests_of, shares_of
+from refit.service.oracle import Shares, box_digests, box_of, digests_of, shares_of
 from refit.train_side.batch import TrainBatch
 from refit.train_side.options import TrainOptions, TrainParallel
 from refit.transfer.errors import Failure, RefitFailed
@@ -173,6 +174,36 @@ class TrainActor(Actor):
                 collections.deque(exported, maxlen=0)  # the export gathers over all trainers
                 return {}
             return digests_of(exported, self._shares, self._endpoint.plan.num_train)
+
+    def weight_digests(self, boxes: Sequence[tuple[str, str, Region]]) -> list[str]:
+        """Hex digests of boxes of the full tensors as they are now; [] but from train rank 0. Collective."""
+        with self._doing("diff"):
+            specs = {spec.name: spec for spec in self._offer.describe().tensors}
+            exported = self._exported([name for name, _, _ in boxes], specs)
+            if self._train_rank != 0:
+                collections.deque(exported, maxlen=0)  # the export gathers over all trainers
+                return []
+            return box_digests(exported, boxes, specs)
+
+    def put_weights(self, box: tuple[str, str, Region], run_id: str) -> int:
+        """Put a box of a full tensor into the control store, under `bytes`; how many, from rank 0. Collective."""
+        with self._doing("diff"):
+            from refit.transfer.memory import as_bytes
+
+            name, dtype, region = box
+            exported = self._exported([name], {spec.name: spec for spec in self._offer.describe().tensors})
+            if self._train_rank != 0:
+                collections.deque(exported, maxlen=0)
+                return 0
+            payload = as_bytes(box_of(list(exported), dtype, region).cpu()).numpy().tobytes()
+            assert self._control is not None, "a diff comes after prepare"
+            self._control.under(run_id).put_bytes("bytes", payload)
+            return len(payload)
+
+    def _exported(self, names: Sequence[str], specs: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+        chosen = [hf for name in dict.fromkeys(names) for hf in hf_names(name, specs[name].shape)]
+        exported: Iterator[tuple[str, Any]] = self._offer.export(chosen)
+        return exported
 
     def logprobs(self, batch: TrainBatch) -> list[list[float]] | None:
         """Per response token, by the current policy at temperature 1; from train rank 0, None from the others."""

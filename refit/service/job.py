@@ -16,6 +16,7 @@ from typing import Any, TextIO
 
 from refit.plan.errors import ConfigError
 from refit.service import gate
+from refit.service.access import FILE, JobAddress
 from refit.service.checkpoint import way_out
 from refit.service.cluster import ENVIRONMENT, Cluster
 from refit.service.config import JobConfig
@@ -27,6 +28,7 @@ from refit.service.metrics import JobMetrics, metrics_address
 from refit.service.progress import JobProgress
 from refit.service.record import RunRecord, StepRecord, summarize
 from refit.service.refit_record import misc_by_reason
+from refit.service.trainer_weights import TrainerDesk
 from refit.train_side.tiny_models import TINY_MODELS, make_tiny_model
 from refit.transfer.errors import Failure, RefitFailed, TransportError
 from refit.transfer.precision.checkpoint import QUANTIZATIONS, quantize_checkpoint
@@ -68,8 +70,14 @@ def run_job(config: JobConfig, command: tuple[str, ...], stream: TextIO) -> dict
                 record,
                 progress.say,
             )
+            desk = TrainerDesk(coordinator.control, cluster.named_trainers(), config.refit.timeout_s)
             with progress.stepping(config.grpo.steps) as on_step:
-                steps = _run_to_the_end(loop, on_step, run_dir)
+
+                def stepped(step: StepRecord) -> None:
+                    on_step(step)
+                    desk.serve(coordinator.plan, config.generation.workers_per_replica)
+
+                steps = _run_to_the_end(loop, stepped, run_dir)
     summary = _summary(config, steps, coordinator, run_dir, time.monotonic() - started_s)
     summary["engines"] = engines
     try:
@@ -98,16 +106,20 @@ def running_job(
         progress.say("built: " + ", ".join(f"{who} {seconds:.1f} s" for who, seconds in built.items()))
         with progress.waiting("prepare the refit", num_actors):
             coordinator = Coordinator.prepare(config, cluster.trainers, cluster.generators, cluster)
-        plan = coordinator.plan
+        plan, workers = coordinator.plan, config.generation.workers_per_replica
         progress.say(
             f"plan {plan.digest[:12]}: bulk {plan.bulk_bytes} bytes, misc {plan.misc_bytes} bytes, "
             f"{plan.num_train} trainer ranks to {plan.num_gen} generator ranks"
         )
         for reason, number, name in misc_by_reason(plan)[:MAX_REASONS]:
             progress.say(f"misc, {number} tensors such as {name}: {reason}")
+        control = coordinator.control
+        store = f"{control.address}:{control.port}"
+        JobAddress(store, plan.num_gen // workers, workers).write(run_dir)
         yield cluster, coordinator
     finally:
         with _undisturbed():
+            (run_dir / FILE).unlink(missing_ok=True)
             if coordinator is not None:
                 coordinator.close()
             if cluster is not None:

@@ -6,7 +6,7 @@ dtype that the engine stores. Comparing this with an audit checks the whole refi
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 
@@ -52,6 +52,38 @@ def digests_of(
         name: {str(first_gen_rank + gen_rank): f"{total:016x}" for gen_rank, total in parts.items()}
         for name, parts in sums.items()
     }
+
+
+def box_digests(
+    exported: Iterable[tuple[str, torch.Tensor]],
+    boxes: Sequence[tuple[str, str, Region]],
+    specs: Mapping[str, TensorSpec],
+) -> list[str]:
+    """Hex digests of boxes (canonical tensor, dtype to be cast to, region) of full HF tensors, in order."""
+    wanted: dict[str, list[int]] = {}
+    for number, (name, _, _) in enumerate(boxes):
+        wanted.setdefault(name, []).append(number)
+    totals = [0] * len(boxes)
+    for name, tensor in exported:
+        canonical_name, expert = canonical(name)
+        for number in wanted.get(canonical_name, ()):
+            _, dtype, region = boxes[number]
+            wire = tensor.detach().to(getattr(torch, dtype))
+            totals[number] += _part(wire, region, expert, specs[canonical_name])
+    return [f"{total & MASK:016x}" for total in totals]
+
+
+def box_of(exported: Iterable[tuple[str, torch.Tensor]], dtype: str, region: Region) -> torch.Tensor:
+    """A box of one tensor from its full export, experts one by one."""
+    parts = []
+    for name, tensor in exported:
+        _, expert = canonical(name)
+        wire = tensor.detach().to(getattr(torch, dtype))
+        if expert is None:
+            return wire[_slices(region)].contiguous()
+        if region.starts[0] <= expert < region.stops[0]:
+            parts.append(wire[_slices(Region(region.starts[1:], region.stops[1:]))])
+    return torch.stack(parts)
 
 
 def _part(tensor: torch.Tensor, region: Region, expert: int | None, spec: TensorSpec) -> int:

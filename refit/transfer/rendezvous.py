@@ -95,6 +95,31 @@ class ControlStore:
         value: object = json.loads(zlib.decompress(blob))
         return value
 
+    def put_bytes(self, key: str, payload: bytes) -> None:
+        """Publish raw bytes, for one reader: `take_bytes` frees them."""
+        for number, at in enumerate(range(0, len(payload), PIECE_BYTES)):
+            self._set(f"{key}#{number}", payload[at : at + PIECE_BYTES])
+
+    def take_bytes(self, key: str, num_bytes: int) -> bytearray:
+        """The bytes of a key that is known to be there, which the store then forgets."""
+        found = bytearray()
+        for number in range(-(-num_bytes // PIECE_BYTES)):
+            found += self._get(f"{key}#{number}")
+            self.drop(f"{key}#{number}")
+        if len(found) != num_bytes:
+            raise TransportError(
+                f"{key!r} holds {len(found)} bytes in the control store, {num_bytes} were promised"
+            )
+        return found
+
+    def drop(self, key: str) -> None:
+        """Delete one key, of a longer value its first piece."""
+        self._call(lambda: self._store.delete_key(key))
+
+    def count(self, key: str, by: int) -> int:
+        """Add to a counter that all clients share, and return its new value; 0 before anybody has added."""
+        return int(self._call(lambda: self._store.add(key, by)))
+
     def get(self, key: str, timeout_s: float) -> object:
         """Wait for a key. Raises RefitFailed as soon as anybody failed, TransportError after `timeout_s`."""
         start = time.monotonic()

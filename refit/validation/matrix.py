@@ -9,6 +9,7 @@ gen = { tensor = 4 }                 # fields of GenParallel
 replicas = 1                         # engines of that layout
 precision = "fp32"                   # of trainers, engines and checkpoint: fp32 or bf16
 logprobs = false                     # also run the engines, against one of a single rank
+read = false                         # also read every tensor back from the first engine, and random slices
 unrunnable = ""                      # why this machine cannot run it, and what stands in for it
 """
 
@@ -24,7 +25,7 @@ from refit.gen_side.generator import GenParallel
 from refit.plan import ConfigError
 from refit.train_side.options import TrainParallel
 
-SHIPPED = ("l0", "l1")
+SHIPPED = ("l0", "l1", "read")
 PRECISIONS = ("fp32", "bf16")
 _FOLDER = Path(__file__).parent / "matrices"
 
@@ -41,6 +42,7 @@ class Case:
     replicas: int = 1
     precision: str = "fp32"
     logprobs: bool = False
+    read: bool = False
     misc: tuple[str, ...] = ()
     min_bulk_share: float = 0.99
     unrunnable: str = ""

@@ -19,9 +19,11 @@ from refit.plan import BULK, RankManifest
 from refit.plan.naming import canonical
 from refit.transfer.endpoint import Endpoint
 from refit.transfer.protocol import GOLDEN, P2P
+from refit.transfer.reading import Holder, Reads
 from refit.transfer.rendezvous import ControlStore
 from refit.validation.matrix import Case
 from refit.validation.pool import Tell
+from refit.validation.reading import serve
 from refit.validation.weights import first_difference, next_version, read_tensors, stacked
 
 VERSIONS = (1, 2)
@@ -159,8 +161,11 @@ def run_gen_rank(tell: Tell, setting: Setting, gen_rank: int) -> dict[str, Any]:
         paths = Paths.prepare(setting, manifest)
         wrong: dict[str, str] = {}
         for version in VERSIONS:
-            found = _round(tell, setting, version, paths, worker, trace, rank)
+            found, committed = _round(tell, setting, version, paths, worker, trace, rank)
             wrong |= {f"{check} {version}": text for check, text in found.items() if text}
+        if case.read and replica == 0:
+            tell("answering reads")
+            _answer_reads(setting, worker, trace, committed, rank)
         tell("logprobs")
         logprobs = None if running is None else running.logprobs(PROMPTS)
     tell("closing")
@@ -183,8 +188,8 @@ def _worker(setting: Setting, rank: int) -> tuple[Any, Any]:
 
 def _round(
     tell: Tell, setting: Setting, version: int, paths: Paths, worker: Any, trace: Any, rank: int
-) -> dict[str, str]:
-    """One version on one rank: what each check found wrong, "" where nothing was."""
+) -> tuple[dict[str, str], Any]:
+    """One version on one rank: what each check found wrong, "" where nothing was; and what was committed, or None."""
     from refit.gen_side.audit import audit, observe_commit, observe_staging
 
     staged = {}
@@ -204,7 +209,7 @@ def _round(
     commit, reason = paths.by_name[P2P].decision()
     if not commit:
         staged[P2P].discard()
-        return found | {"digests": reason}
+        return found | {"digests": reason}, None
     loaded = observe_staging(worker.model, staged[P2P])
     staged[P2P].pack_ahead()
     staged[P2P].commit(worker.model_config)
@@ -213,7 +218,23 @@ def _round(
     live = audit(worker.model, trace, committed)
     found["changed"] = ", ".join(live.changed)
     found["live"] = _live_difference(setting, version, trace, live.params_sha256, rank)
-    return found
+    return found, committed
+
+
+def _answer_reads(setting: Setting, worker: Any, trace: Any, committed: Any, rank: int) -> None:
+    from refit.gen_side.live_memory import LiveMemory
+
+    control, reads = setting.join(), Reads()
+    stage = rank // setting.case.gen.tensor
+    holder = Holder(
+        rank,
+        VERSIONS[-1],
+        lambda: trace.manifest(gen_rank=rank, stage=stage, replica=0),
+        lambda: LiveMemory(worker.model, trace, committed),
+    )
+    serve(control, 0, setting.timeout_s, lambda info: reads.answer(info, holder))
+    reads.close()
+    control.close()
 
 
 def _receive(endpoint: Endpoint, worker: Any, trace: Any, version: int) -> Any:

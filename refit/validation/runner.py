@@ -19,6 +19,7 @@ from typing import Any
 from refit.gen_side.bare import forget_ranks
 from refit.plan import BULK, MISC, Plan, PlanOptions
 from refit.service.agreement import Terms, agree_on_plan, collect_reports, describe_mismatches, mismatches_of
+from refit.service.reader import Reader
 from refit.transfer.errors import TransportError
 from refit.transfer.protocol import GOLDEN, P2P, decision_key
 from refit.transfer.rendezvous import ControlStore
@@ -26,8 +27,9 @@ from refit.validation import ranks
 from refit.validation.matrix import Case
 from refit.validation.parity import LOGPROB_LIMIT, largest_delta
 from refit.validation.pool import Job, Pool, Result
-from refit.validation.ranks import VERSIONS, Setting, run_id_of
-from refit.validation.weights import make_checkpoint
+from refit.validation.ranks import VERSIONS, Setting, exported_key, run_id_of
+from refit.validation.reading import PoolEngine, read_faults
+from refit.validation.weights import make_checkpoint, read_tensors
 
 START_S = 600.0
 """Longest wait for the imports of both parents, on a busy machine."""
@@ -266,12 +268,29 @@ def _coordinate(control: ControlStore, setting: Setting) -> tuple[Plan, tuple[st
         controls[P2P].put(
             decision_key(version), {"commit": commit, "reason": "; ".join(filter(None, reasons))}
         )
+    if case.read:
+        wrong += [f"version {VERSIONS[-1]}, read: {fault}" for fault in _read(control, setting)]
     return plans[P2P], tuple(wrong)
+
+
+def _read(control: ControlStore, setting: Setting) -> list[str]:
+    """What reading the first engine back gets wrong."""
+    case = setting.case
+    engine = PoolEngine(control, 0, case.gen.num_ranks)
+    control.get(exported_key(VERSIONS[-1]), setting.timeout_s)
+    try:
+        tensors = read_tensors(setting.exported(VERSIONS[-1]))
+        return list(read_faults(Reader(engine, control, setting.timeout_s), tensors, case.misc))
+    except Exception as error:
+        return [f"{type(error).__name__}: {error}"]
+    finally:
+        engine.end()
 
 
 def _release(control: ControlStore, setting: Setting) -> None:
     for path in (P2P, GOLDEN):
         control.under(run_id_of(setting, path)).fail("validate", "the runner", "the case was ended")
+    control.fail("validate", "the runner", "the case was ended")  # reads wait under the case's own run id
 
 
 def _outcome(case: Case, planned: tuple[Plan, tuple[str, ...]], found: Mapping[str, Any]) -> Outcome:

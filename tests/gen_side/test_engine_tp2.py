@@ -6,14 +6,18 @@ import time
 
 import psutil
 import pytest
+import torch
 
 from refit.gen_side.generator import Generator, GenOptions, GenParallel
+from refit.service.diff import diff
+from refit.service.holders import CheckpointWeights, EngineWeights
+from refit.service.reader import JobEngine, Reader, VersionMoved
 from refit.train_side.tiny_models import make_tiny_model
 from refit.transfer.errors import RefitFailed
 from tests.gen_side.checkpoints import shifted, tensors_of
 from tests.gen_side.exact import fresh_hashes
 from tests.gen_side.farm import run_ranks
-from tests.gen_side.rounds import Rounds
+from tests.gen_side.rounds import TIMEOUT_S, Rounds
 from tests.gen_side.test_engine import BUILD_S, greedy
 
 pytestmark = [pytest.mark.vllm, pytest.mark.processes, pytest.mark.timeout(600)]
@@ -68,6 +72,35 @@ def test_one_flipped_element_on_one_rank_is_found_on_that_rank(engine, folders):
         assert found[0] == clean[0]
         wrong = [n for n in clean[1]["digests"] if clean[1]["digests"][n] != found[1]["digests"][n]]
         assert wrong == [f"model.layers.{layer}.mlp.gate_proj.weight"]
+
+
+def test_every_tensor_is_read_back_by_name_while_the_engine_generates(engine, folders):
+    generator, parallel = engine
+    wanted = tensors_of(folders[1])
+    with Rounds(generator, tensors_of(folders[0]), parallel.num_ranks) as rounds:
+        assert rounds.refit(12, wanted)
+        goal = greedy(generator)
+        reader = Reader(JobEngine(rounds.control, 0, parallel.num_ranks), rounds.control, TIMEOUT_S)
+        answers, seen = rounds.pool.submit(greedy, generator), []
+        wrong = [name for name, tensor in wanted.items() if not torch.equal(reader.read(name).tensor, tensor)]
+        assert answers.result(TIMEOUT_S) == goal
+        assert wrong == []
+        row = reader.read("model.embed_tokens.weight", len(wanted["model.embed_tokens.weight"]) - 1)
+        assert (row.version, row.moved_bytes <= 64 << 10) == (12, True)
+        assert row.ranks == ((1,) if parallel.tensor > 1 else (0,))
+        with pytest.raises(VersionMoved, match="serves version 12, version 11 was asked for"):
+            reader.read("model.norm.weight", version=11)
+        report = diff(CheckpointWeights.open(folders[1]), EngineWeights(reader))
+        assert report.equal and report.num_bytes == sum(t.nbytes for t in wanted.values())
+        layer = 3 if parallel.pipeline > 1 else 0
+        generator.flip_element(f"model.layers.{layer}.post_attention_layernorm.weight", 5, worker=1)
+        found = diff(CheckpointWeights.open(folders[1]), EngineWeights(reader)).differences
+        assert {(one.name, one.index) for one in found} == {
+            (f"model.layers.{layer}.post_attention_layernorm.weight", (5,))
+        }
+        assert {one.right for one in found} == {"engine 0 rank 1"}
+        assert rounds.refit(13, wanted, between=lambda: seen.append(reader.read("model.norm.weight").version))
+        assert seen == [12] and reader.read("model.norm.weight").version == 13
 
 
 def test_a_failed_staging_leaves_the_engine_serving_and_ready_for_the_next(engine, folders):

@@ -1,0 +1,139 @@
+"""`read` and `diff` from the command line, of a job whose engines are memory of this process behind real desks."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from benchmarks.read_back import MemoryRanks, make_model, plant, write_checkpoint
+from refit import cli
+from refit.gen_side import desk as desk_module
+from refit.gen_side.desk import Desk
+from refit.service import access
+from refit.service.access import JobAddress, job_reader
+from refit.service.reader import JobEngine, Reader
+from refit.transfer.errors import TransportError
+from refit.transfer.rendezvous import ControlStore
+from tests.service.test_reader import DENSE
+
+EMBEDDING = "model.embed_tokens.weight"
+SECONDS = 30.0
+
+
+@pytest.fixture
+def job(tmp_path):
+    """(run folder, canonical tensors, the engines' ranks, the job's store) of a job with two engines, TP2 and TP1."""
+    control = ControlStore.host(run_id="job")
+    _, tensors = make_model(DENSE, "tp=2")
+    ranks = [MemoryRanks(make_model(DENSE, "tp=2")[0], tensors) for _ in range(2)]
+    store = f"127.0.0.1:{control.port}"
+    desks = [
+        Desk(store, place, lambda info, one=one: one.ask(info, SECONDS)) for place, one in enumerate(ranks)
+    ]
+    JobAddress(store, 2, 2).write(tmp_path)
+    assert all(desk.attending.wait(SECONDS) for desk in desks)
+    yield tmp_path, tensors, ranks, control
+    for desk in desks:
+        desk.close()
+        desk.join(SECONDS)
+        assert not desk.is_alive()
+    for one in ranks:
+        one.close()
+    control.close()
+
+
+def run(capsys, *words):
+    code = cli.main([str(word) for word in words])
+    found = capsys.readouterr()
+    return code, found.out, found.err
+
+
+def test_rows_are_printed_and_written(job, capsys, tmp_path):
+    folder, tensors, _, _ = job
+    out = tmp_path / "rows.safetensors"
+    code, text, _ = run(capsys, "read", f"{EMBEDDING}[256:258]", "--run-dir", folder, "--out", out, "--json")
+    assert code == 0 and "bfloat16 [2, 64], version 1, from ranks [1] (plain)" in text
+    assert torch.equal(load_file(out)[EMBEDDING], tensors[EMBEDDING][256:258])
+    line = json.loads(text.splitlines()[-1])
+    assert [float(value) for value in line["values"]] == tensors[EMBEDDING][
+        256:258
+    ].double().flatten().tolist()
+    code, text, _ = run(capsys, "read", "model.norm.weight", "--run-dir", folder, "--engine", 1)
+    assert code == 0 and "[64], version 1, from ranks [0]" in text and "1 others agree" in text
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "message"),
+    [
+        ([f"{EMBEDDING}[259]"], 2, "row 259 of model.embed_tokens.weight is padding"),
+        (["model.embed.weight"], 2, "the nearest of its"),
+        ([EMBEDDING, "--engine", "2"], 2, "engine 2 is not there: the job has engines 0 to 1"),
+        ([EMBEDDING, "--version", "9"], 1, "serves version 1, version 9 was asked for"),
+        ([EMBEDDING, "--dequantize"], 2, "not stored quantized"),
+    ],
+)
+def test_what_cannot_be_read_is_said(job, capsys, words, code, message):
+    found = run(capsys, "read", *words, "--run-dir", job[0])
+    assert found[0] == code and message in found[2]
+
+
+def test_without_a_job_the_way_out_is_said(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(access, "JOIN_S", 0.2)
+    code, _, words = run(capsys, "read", EMBEDDING, "--run-dir", tmp_path)
+    assert code == 2 and "no job runs in" in words and "--server" in words
+    JobAddress("127.0.0.1:9", 1, 1).write(tmp_path)  # a job that was killed leaves its file
+    code, _, words = run(capsys, "read", EMBEDDING, "--run-dir", tmp_path)
+    assert code == 1 and "no control store answers at 127.0.0.1:9" in words
+
+
+def test_diff_names_tensor_index_and_rank_and_its_exit_code_tells(job, capsys):
+    folder, tensors, ranks, _ = job
+    checkpoint = write_checkpoint(tensors, folder / "model")
+    assert run(capsys, "diff", checkpoint, "engine:0", "--run-dir", folder)[0] == 0
+    index = plant(ranks[1], "model.layers.1.mlp.up_proj.weight", 1, 77)
+    code, text, _ = run(capsys, "diff", "engine:0", "engine:1", "--run-dir", folder, "--json")
+    assert code == 1
+    (found,) = json.loads(text.splitlines()[-1])["differences"]
+    assert (found["name"], tuple(found["index"])) == ("model.layers.1.mlp.up_proj.weight", index)
+    assert found["right"] == "engine 1 rank 1" and found["text"] in text
+    assert run(capsys, "diff", "engine:0", "engine:1", "--run-dir", folder, "--only", "*.norm.*")[0] == 0
+    assert run(capsys, "diff", checkpoint, checkpoint)[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("sides", "message"),
+    [
+        (["engine:x", "engine:0"], "names no engine"),
+        (["nowhere", "engine:0"], "is no side"),
+        (["trainers", "nowhere"], "trainers are compared with an engine of their job"),
+    ],
+)
+def test_a_side_that_is_none_is_refused(job, capsys, sides, message):
+    code, _, words = run(capsys, "diff", *sides, "--run-dir", job[0])
+    assert code == 2 and message in words
+
+
+def test_a_desk_survives_readers_that_die_and_asks_that_fail(job, monkeypatch):
+    monkeypatch.setattr(desk_module, "LATE_S", 0.5)
+    folder, tensors, ranks, control = job
+    desk = control.under("desk")
+    desk.count("asks/0", 1)  # a reader that counted and died before it put its ask
+    ask = ranks[0].ask
+
+    def failing(info, timeout_s):
+        raise TransportError("there was no turn")
+
+    ranks[0].ask = failing
+    with pytest.raises(
+        TransportError, match="engine 0 could not be asked: TransportError: there was no turn"
+    ):
+        Reader(JobEngine(control, 0, 2), control, SECONDS).read(EMBEDDING, 0)
+    ranks[0].ask = ask
+    with job_reader(folder) as reader:
+        assert torch.equal(reader.read(EMBEDDING, 3).tensor, tensors[EMBEDDING][3:4])
+
+
+def test_an_engine_without_a_desk_costs_the_time_limit_and_is_named(job):
+    with pytest.raises(TransportError, match="done/7/1"):
+        Reader(JobEngine(job[3], 7, 2), job[3], 0.3).read(EMBEDDING, 0)
