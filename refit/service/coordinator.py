@@ -219,11 +219,6 @@ class Coordinator:
         hashes = tuple(found["params_sha256"] for found in audited.values())
         return VerifyReport(tuple(sorted(mismatches, key=str)), changed, hashes)
 
-    @property
-    def control(self) -> ControlStore:
-        """The job's control store."""
-        return self._host
-
     def reader(self, place: int = 0) -> Reader:
         """Reads of the weights that the `place`-th engine of the last prepare serves."""
         size = self._require_session().workers_per_replica

@@ -70,7 +70,7 @@ def run_job(config: JobConfig, command: tuple[str, ...], stream: TextIO) -> dict
                 record,
                 progress.say,
             )
-            desk = TrainerDesk(coordinator.control, cluster.named_trainers(), config.refit.timeout_s)
+            desk = TrainerDesk(coordinator.reader().control, cluster.named_trainers(), config.refit.timeout_s)
             with progress.stepping(config.grpo.steps) as on_step:
 
                 def stepped(step: StepRecord) -> None:
@@ -113,7 +113,7 @@ def running_job(
         )
         for reason, number, name in misc_by_reason(plan)[:MAX_REASONS]:
             progress.say(f"misc, {number} tensors such as {name}: {reason}")
-        control = coordinator.control
+        control = coordinator.reader().control
         store = f"{control.address}:{control.port}"
         JobAddress(store, plan.num_gen // workers, workers).write(run_dir)
         yield cluster, coordinator

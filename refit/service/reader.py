@@ -120,7 +120,7 @@ class Reader:
 
     def __init__(self, engine: Engine, control: ControlStore, timeout_s: float = TIMEOUT_S) -> None:
         self.engine = engine
-        self._control = control
+        self.control = control
         self._timeout_s = timeout_s
 
     @cached_property
@@ -132,7 +132,7 @@ class Reader:
 
     def session(self, version: int | None) -> Session:
         """Asks that must all meet one version: `version`, or the one that the first of them meets."""
-        control = self._control.under(f"read-{secrets.token_hex(6)}")
+        control = self.control.under(f"read-{secrets.token_hex(6)}")
         return Session(self.engine, control, self._timeout_s, version)
 
     def read(
