@@ -232,7 +232,7 @@ def _answer_reads(setting: Setting, worker: Any, trace: Any, committed: Any, ran
         lambda: trace.manifest(gen_rank=rank, stage=stage, replica=0),
         lambda: LiveMemory(worker.model, trace, committed),
     )
-    serve(control, 0, setting.timeout_s, lambda info: reads.answer(info, holder))
+    serve(control, 0, rank, setting.timeout_s, lambda info: reads.answer(info, holder))
     reads.close()
     control.close()
 

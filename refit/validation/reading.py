@@ -40,9 +40,11 @@ class PoolEngine:
     def name(self) -> str:
         return f"replica {self.replica}"
 
-    def ask(self, info: Mapping[str, Any], timeout_s: float) -> None:  # noqa: ARG002 - the answers are awaited
+    def ask(self, info: Mapping[str, Any], timeout_s: float) -> None:
         self.num_asks += 1
         self.control.put(f"reads/{self.replica}/{self.num_asks}", dict(info))
+        for rank in range(self.num_workers):
+            self.control.get(f"read/{self.replica}/{self.num_asks}/{rank}", timeout_s)
 
     def end(self) -> None:
         """Let `serve` return on every rank."""
@@ -51,7 +53,11 @@ class PoolEngine:
 
 
 def serve(
-    control: ControlStore, replica: int, timeout_s: float, answer: Callable[[Mapping[str, Any]], None]
+    control: ControlStore,
+    replica: int,
+    rank: int,
+    timeout_s: float,
+    answer: Callable[[Mapping[str, Any]], None],
 ) -> None:
     """Let this rank answer asks until the reader has ended. Raises what ends the case, TransportError in time."""
     number = 1
@@ -60,6 +66,7 @@ def serve(
         if info.get("end"):
             return
         answer(info)
+        control.put(f"read/{replica}/{number}/{rank}", {"ok": True})
         number += 1
 
 

@@ -71,7 +71,7 @@ def give_back(rank, address, parallel, dtype, folders, store, run_id):
                 lambda: manifest,
                 lambda committed=committed: LiveMemory(worker.model, trace, committed),
             )
-            serve(control, version, TIMEOUT_S, lambda info, holder=holder: reads.answer(info, holder))
+            serve(control, version, rank, TIMEOUT_S, lambda info, holder=holder: reads.answer(info, holder))
         reads.close()
     control.close()
 
