@@ -53,7 +53,7 @@ class Engine(Protocol):
     def num_workers(self) -> int: ...
 
     def ask(self, info: Mapping[str, Any], timeout_s: float) -> None:
-        """Returns when every worker has answered; raises TransportError if they do not in time."""
+        """Returns when every worker has taken the ask, which is deleted then, and answered; TransportError if late."""
         ...
 
 
