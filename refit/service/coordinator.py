@@ -27,7 +27,7 @@ from refit.service.agreement import (
 )
 from refit.service.config import JobConfig
 from refit.service.fleet import name_of, replica_of
-from refit.service.reader import JobEngine, Reader
+from refit.service.reader import Reader, reader_in_job
 from refit.service.refit_record import PlanRecord, RefitRecord, Round, record_plan, record_round
 from refit.service.roster import Roster, Supply, TrainerLost
 from refit.service.rounds import Joint, prepare_calls, settle_s, terms_of, together
@@ -220,9 +220,8 @@ class Coordinator:
         return VerifyReport(tuple(sorted(mismatches, key=str)), changed, hashes)
 
     def reader(self, place: int = 0) -> Reader:
-        """Reads of the weights that the `place`-th engine of the last prepare serves."""
-        size = self._require_session().workers_per_replica
-        return Reader(JobEngine(self._host, place, size), self._host, self._timeout_s)
+        """Reads of what the `place`-th engine of the last prepare serves."""
+        return reader_in_job(self._host, place, self._require_session().workers_per_replica, self._timeout_s)
 
     def close(self) -> None:
         """Give the control store up. The actors are the cluster's."""

@@ -320,6 +320,11 @@ class Session:
         return f"rank {rank} of {self.engine.name}"
 
 
+def reader_in_job(control: ControlStore, place: int, num_workers: int, timeout_s: float) -> Reader:
+    """Of engine number `place` among those that take part in a job's refits; `control` is the job's store."""
+    return Reader(JobEngine(control, place, num_workers), control, timeout_s)
+
+
 def span(rows: slice | int | None) -> Rows:
     """Rows as (start, stop). Raises PlanError for steps and for rows counted from the end."""
     if rows is None:
