@@ -70,14 +70,9 @@ def run_job(config: JobConfig, command: tuple[str, ...], stream: TextIO) -> dict
                 record,
                 progress.say,
             )
-            desk = TrainerDesk(coordinator.reader().control, cluster.named_trainers(), config.refit.timeout_s)
             with progress.stepping(config.grpo.steps) as on_step:
-
-                def stepped(step: StepRecord) -> None:
-                    on_step(step)
-                    desk.serve(coordinator.plan, config.generation.workers_per_replica)
-
-                steps = _run_to_the_end(loop, stepped, run_dir)
+                on_step = _taking_diffs(on_step, config, cluster, coordinator)
+                steps = _run_to_the_end(loop, on_step, run_dir)
     summary = _summary(config, steps, coordinator, run_dir, time.monotonic() - started_s)
     summary["engines"] = engines
     try:
@@ -180,6 +175,19 @@ def _record_engines(cluster: Cluster, run_dir: Path, progress: JobProgress) -> d
         sequence = "on" if live["sequence_parallel"] else f"off, {live['sequence_off']}"
         progress.say(f"{name}: layers by stage {live['stages']}, sequence parallel {sequence}")
     return engines
+
+
+def _taking_diffs(
+    on_step: Callable[[StepRecord], None], config: JobConfig, cluster: Cluster, coordinator: Coordinator
+) -> Callable[[StepRecord], None]:
+    """Between two steps, when no trainer is at work, diffs against the trainers are made for who has asked."""
+    desk = TrainerDesk(coordinator.reader().control, cluster.named_trainers(), config.refit.timeout_s)
+
+    def stepped(step: StepRecord) -> None:
+        on_step(step)
+        desk.serve(coordinator.plan, config.generation.workers_per_replica)
+
+    return stepped
 
 
 def _run_to_the_end(
