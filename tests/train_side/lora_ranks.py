@@ -148,3 +148,32 @@ def misfits(rank, world_size, address, folder):
         factor.weight = right
     trainer.close()
     return said
+
+
+def reductions(rank, world_size, address, folder):
+    """(in a forward pass of all, in a backward pass of one QKV layer): all-reduces on TP2, with adapters on and off."""
+    from unittest import mock
+
+    import torch
+
+    from refit.train_side import cpu_compat
+    from refit.train_side.lora import adapters
+    from refit.train_side.options import TrainParallel
+    from refit.train_side.steps import Forward, run_schedule
+
+    trainer = build(rank, world_size, address, folder, TrainParallel(tensor=2), precision="fp32")
+    policy, microbatches = trainer._policy, trainer._split(sample_batch())
+    x = torch.ones(5, 1, 128, requires_grad=True)
+    found = {}
+    for switched in ("on", "off"):
+        for adapter in adapters(policy.chunks):
+            adapter.wrapper._adapter_enabled = switched == "on"
+        with mock.patch.object(torch.distributed, "all_reduce", wraps=torch.distributed.all_reduce) as reduce:
+            run_schedule(policy, Forward.logprobs(policy, microbatches))
+            forward = reduce.call_count
+            qkv = next(a.wrapper for a in adapters(policy.chunks) if "qkv" in a.param)
+            with cpu_compat.cpu_megatron():
+                qkv(x)[0].sum().backward()
+        found[switched] = forward, reduce.call_count - forward
+    trainer.close()
+    return found

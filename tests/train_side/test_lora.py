@@ -94,6 +94,12 @@ def test_a_factor_comes_from_the_first_rank_of_its_group_whole_or_in_slices(trai
     assert second == [[[0, 1, 2], [3, 4, 5]], [[6, 7, 8], [9, 10, 11]], [[3, 4, 5], [9, 10, 11]]]
 
 
+def test_an_adapter_adds_no_reduction_of_activations_forwards_or_backwards(trainers, checkpoints):
+    for found in trainers.run(lora_ranks.reductions, 2, str(checkpoints("tiny-qwen3", **SMALL))):
+        assert found["on"] == found["off"]
+        assert min(found["on"]) > 0
+
+
 def test_folding_on_the_shard_is_what_bridge_merges_from_whole_tensors_but_for_rounding(
     trainers, checkpoints
 ):
