@@ -177,3 +177,35 @@ def reductions(rank, world_size, address, folder):
         found[switched] = forward, reduce.call_count - forward
     trainer.close()
     return found
+
+
+def adapters_alone(rank, world_size, address, folder, parallel):
+    """What a trainer of adapters offers after two steps; the largest error of base + (alpha / r) B A by tensor."""
+    from pathlib import Path
+
+    from safetensors.torch import load_file
+
+    from refit.plan.naming import peft_names
+
+    trainer = build(rank, world_size, address, folder, parallel, precision="fp32", lr=1e-2)
+    for _ in range(2):
+        trainer.train_step(sample_batch())
+    offer = trainer.adapters()
+    factors = {name: factor.clone() for name, factor in offer.export()}
+    whole = {name: weight.clone() for name, weight in trainer.export()}
+    base, errors = load_file(Path(folder) / "model.safetensors"), {}
+    for name, weight in whole.items():
+        lora_a, lora_b = (factors.get(factor) for factor in peft_names(name))
+        if lora_a is not None:
+            folded = base[name].float() + LORA.alpha / LORA.rank * lora_b @ lora_a
+            errors[name] = (folded - weight).abs().max().item()
+    some = sorted(factors)[:3]
+    result = {
+        "manifest": encode_rank_manifest(offer.describe()),
+        "exported": {name: tuple(factor.shape) for name, factor in factors.items()},
+        "errors": errors,
+        "named": sorted(name for name, _ in offer.export(some)) == some,
+        "params": offer.params(),
+    }
+    trainer.close()
+    return result

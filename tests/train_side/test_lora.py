@@ -108,6 +108,28 @@ def test_folding_on_the_shard_is_what_bridge_merges_from_whole_tensors_but_for_r
         assert found["worst"] < 4 and found["moved"] == 2 * 4 and found["names"] == 25
 
 
+@pytest.mark.parametrize(
+    "parallel",
+    [TrainParallel(tensor=2), pytest.param(TrainParallel(tensor=2, pipeline=2), marks=pytest.mark.slow)],
+    ids=["TP2", "TP2 PP2"],
+)
+def test_adapters_alone_are_offered_in_peft_names_and_make_the_folded_weights(
+    trainers, checkpoints, parallel
+):
+    folder = str(checkpoints("tiny-qwen3", **SMALL))
+    results = trainers.run(lora_ranks.adapters_alone, parallel.world_size, folder, parallel)
+    manifests = [decode_rank_manifest(result["manifest"]) for result in results]
+    described = {spec.name: spec.shape for manifest in manifests for spec in manifest.tensors}
+    assert not any(manifest.holdings or manifest.params for manifest in manifests)
+    assert {reason.tensor for manifest in manifests for reason in manifest.misc} == set(described)
+    for result in results:
+        assert result["exported"] == described and len(described) == 2 * 2 * 7
+        assert len(result["errors"]) == 2 * 7 and max(result["errors"].values()) < 1e-6
+        assert result["named"] and result["params"] == {}
+    name = "base_model.model.model.layers.1.self_attn.k_proj.lora_B.weight"
+    assert described[name] == (64, 8)
+
+
 def test_an_adapter_that_does_not_fit_its_layer_is_refused_with_both_shapes(trainers, checkpoints):
     found = trainers.run(lora_ranks.misfits, 2, str(checkpoints("tiny-qwen3", **SMALL)))
     for rank_of_a, rows_of_b, rank_of_b in found:
