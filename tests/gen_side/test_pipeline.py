@@ -123,15 +123,18 @@ def test_an_engine_describes_its_live_layout_and_not_what_was_asked_for(case):
     assert not asked.enable_sp and found.sequence_off == NOT_ASKED
 
 
-def test_a_batch_that_is_under_way_at_a_commit_counts_as_the_old_versions(case):
-    """A pipeline works on a batch between two steps; its token comes back after the commit."""
+@pytest.mark.parametrize("kv_cache", ["keep", "clear"])
+def test_a_batch_that_is_under_way_at_a_commit_counts_as_the_old_versions(case, kv_cache):
+    """A pipeline works on a batch between two steps. Where keys and values are kept, vLLM takes its token after the
+    commit, for the new version's; where they are cleared, it samples that token again."""
     _, generator, parallel, lesson = case
     start, changed = (tensors_of(folder) for folder in lesson.folders)
     requests, core = generator._requests, generator._llm.llm_engine.engine_core.engine_core
+    version = {"keep": 200, "clear": 210}[kv_cache]
     with Rounds(generator, start, parallel.num_ranks) as rounds, pytest.MonkeyPatch.context() as patch:
-        assert rounds.refit(200, start)
+        assert rounds.refit(version, start)
         patch.setattr(generator, "_stop_tokens", ())
-        patch.setattr(generator, "_options", GenOptions(call_timeout_s=60, pause="keep"))
+        patch.setattr(generator, "_options", GenOptions(call_timeout_s=60, pause="keep", kv_cache=kv_cache))
         (old,) = generator.generate([PROMPT], 1, LONG, 0.0, 0)
         run = requests._run
 
@@ -140,18 +143,24 @@ def test_a_batch_that_is_under_way_at_a_commit_counts_as_the_old_versions(case):
                 assert time.monotonic() < deadline_s
                 requests._step()
             patch.setattr(requests, "_run", run)
-            assert rounds.refit(201, changed)
+            assert rounds.refit(version + 1, changed)
             run(deadline_s, timeout_s)
 
         patch.setattr(requests, "_run", refit_when_a_batch_is_under_way)
         (sample,) = generator.generate([PROMPT], 1, LONG, 0.0, 0)
         (first, num_old), (second, num_new) = sample.spans
-        assert (first, second, num_old + num_new) == (200, 201, LONG)
+        assert (first, second, num_old + num_new) == (version, version + 1, LONG)
         assert sample.tokens[:num_old] == old.tokens[:num_old]
         assert sample.logprobs[:num_old] == pytest.approx(old.logprobs[:num_old], abs=1e-6)
-        (again,) = generator.generate([[*PROMPT, *sample.tokens[:num_old]]], 1, num_new, 0.0, 0)
-        assert again.tokens == sample.tokens[num_old:]
-        assert again.logprobs[0] == pytest.approx(sample.logprobs[num_old], abs=0.02), "the new version's own"
+        assert sample.logprobs[num_old] != pytest.approx(old.logprobs[num_old], abs=1e-4), (
+            "not the old weights'"
+        )
+        if kv_cache == "clear":
+            (again,) = generator.generate([[*PROMPT, *sample.tokens[:num_old]]], 1, num_new, 0.0, 0)
+            assert again.tokens == sample.tokens[num_old:]
+            assert again.logprobs[0] == pytest.approx(sample.logprobs[num_old], abs=0.02), (
+                "the new version's own"
+            )
 
 
 def under_way(core):
