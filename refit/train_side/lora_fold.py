@@ -6,7 +6,7 @@ The base itself is not written. Every refit folds anew: `Fold.weights` is collec
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -27,8 +27,16 @@ class Fold:
     dtype: torch.dtype
 
     @classmethod
-    def of(cls, chunks: Iterable[Any], dtype: torch.dtype) -> Fold:
-        return cls(tuple(adapters(chunks)), dtype)
+    def of(cls, chunks: Iterable[Any], dtype: torch.dtype, params: Collection[str]) -> Fold:
+        """`params` are this rank's parameters by name. Raises ValueError for an adapter of none of them."""
+        found = tuple(adapters(chunks))
+        astray = sorted(adapter.param for adapter in found if adapter.param not in params)
+        if astray:
+            raise ValueError(
+                f"{len(astray)} adapters belong to no single weight, {astray[0]} first: layers that keep several "
+                "weights, such as grouped experts, cannot be folded; leave them out of the targets"
+            )
+        return cls(found, dtype)
 
     def manifest(self, base: RankManifest) -> RankManifest:
         """What the base model's manifest says, with the dtype of the folded weights."""

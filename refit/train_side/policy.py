@@ -72,11 +72,11 @@ class PolicyTrainer:
         reference, fold = None, None
         if options.lora is None:
             reference = build.build_model(model_dir, parallel, options, trainable=False)
-        else:
-            fold = Fold.of(policy.chunks, getattr(torch, options.lora.engine_dtype))
         with cpu_compat.cpu_megatron():
             optimizer = _make_optimizer(policy, options)
             description = lowering.LoweredModel.prepare(policy, model_dir)
+        if options.lora is not None:
+            fold = Fold.of(policy.chunks, getattr(torch, options.lora.engine_dtype), description.layouts)
         return cls(policy, reference, optimizer, description, fold, options, rank)
 
     def logprobs(self, batch: TrainBatch) -> list[list[float]]:

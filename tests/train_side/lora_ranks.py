@@ -146,6 +146,10 @@ def misfits(rank, world_size, address, folder):
         except ValueError as error:
             said.append(str(error))
         factor.weight = right
+    try:
+        type(trainer._fold).of(trainer._policy.chunks, torch.float32, ())
+    except ValueError as error:
+        said.append(str(error))
     trainer.close()
     return said
 

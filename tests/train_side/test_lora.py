@@ -132,11 +132,12 @@ def test_adapters_alone_are_offered_in_peft_names_and_make_the_folded_weights(
 
 def test_an_adapter_that_does_not_fit_its_layer_is_refused_with_both_shapes(trainers, checkpoints):
     found = trainers.run(lora_ranks.misfits, 2, str(checkpoints("tiny-qwen3", **SMALL)))
-    for rank_of_a, rows_of_b, rank_of_b in found:
+    for rank_of_a, rows_of_b, rank_of_b, astray in found:
         assert "lora_A is (3, 128) on each of 2 ranks of its group" in rank_of_a
         assert "6 rows and not 8; the base weight is (128, 128)" in rank_of_a
         assert "lora_B is (100, 8) on each of 2 ranks" in rows_of_b and "200 rows and not 128" in rows_of_b
         assert "lora_B (128, 4) do not make the base weight's (128, 128)" in rank_of_b
+        assert astray.startswith("8 adapters belong to no single weight")
 
 
 @pytest.mark.parametrize(
