@@ -227,7 +227,6 @@ def engine_stages(case: Case) -> Iterator[Violation]:
     unseen = (
         ("hybrids of Mamba and attention", model.is_hybrid),
         ("models with latent attention", model.is_latent),
-        ("models with experts", model.num_experts > 0),
         (f"models in {settings.precision}", settings.precision in QUANTIZATIONS),
     )
     for what, is_so in unseen:

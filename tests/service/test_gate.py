@@ -291,6 +291,7 @@ def test_an_engine_may_be_a_pipeline_also_of_stages_of_unequal_length(models, te
     for pipeline in (2, 3, 4):
         overrides = [f"generation.pipeline_parallel={pipeline}", f"generation.tensor_parallel={tensor}"]
         check(load_config("default", overrides), models["tiny-qwen3"], LAPTOP)
+        check(load_config("default", [MOE, *overrides]), models["tiny-qwen3-moe"], LAPTOP)
 
 
 @pytest.mark.parametrize(
