@@ -19,7 +19,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 ONE_MACHINE = Path(__file__).with_name("one_machine_slurm.sh")
-UP_S, END_S = 240.0, 90.0
+UP_S, END_S = 480.0, 180.0
 SLEEPER = (
     'python -c \'import signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: sys.exit("left in order")); '
     'print("driving", flush=True); time.sleep(600)\''
@@ -28,7 +28,7 @@ SLEEPER = (
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.ray,
-    pytest.mark.timeout(900),
+    pytest.mark.timeout(1200),
     pytest.mark.skipif(
         shutil.which("sbatch") is None,
         reason="no sbatch on PATH: on Debian, tests/launch/one_machine_slurm.sh install",
