@@ -9,11 +9,13 @@ from refit.commands.misc import lines
 from refit.commands.tables import show
 
 if TYPE_CHECKING:
-    from refit.validation.runner import Outcome
+    from refit.validation.outcome import Outcome
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--matrix", default="l0", metavar="l0|l1|read|FILE", help="which cases (default l0)")
+    parser.add_argument(
+        "--matrix", default="l0", metavar="l0|l1|fp8|read|FILE", help="which cases (default l0)"
+    )
     parser.add_argument(
         "--case", action="append", default=[], metavar="NAME", help="only this case; repeatable"
     )
@@ -63,12 +65,13 @@ def _report(matrix: str, outcomes: "tuple[Outcome, ...]") -> None:
             f"{outcome.bulk_share:.4f}",
             len(outcome.misc),
             "" if outcome.logprob_delta is None else f"{outcome.logprob_delta:.1e}",
+            "" if outcome.kl is None else f"{outcome.kl:.1e}",
             f"{outcome.seconds:.1f}",
         )
         for outcome in outcomes
         if outcome.status != "unrunnable"
     ]
-    headings = ("case", "layout", "status", "bulk bytes", "bulk share", "misc", "logprobs", "s")
+    headings = ("case", "layout", "status", "bulk bytes", "bulk share", "misc", "logprobs", "KL", "s")
     show(f"validation matrix {matrix}: two refits a case, compared bit for bit", headings, rows)
     for line in lines(pair for outcome in outcomes for pair in outcome.misc):
         print(line)
@@ -98,5 +101,9 @@ def _summary(outcomes: "tuple[Outcome, ...]") -> dict[str, object]:
         ],
         "bulk_share_min": min(known, default=None),
         "bulk_share_min_of_unknown_families": min(unknown, default=None),
+        "logprob_delta_max": max(
+            (o.logprob_delta for o in outcomes if o.logprob_delta is not None), default=None
+        ),
+        "kl_max": max((outcome.kl for outcome in outcomes if outcome.kl is not None), default=None),
         "seconds": round(sum(outcome.seconds for outcome in outcomes), 1),
     }

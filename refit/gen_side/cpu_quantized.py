@@ -2,8 +2,9 @@
 
 Parameters keep the names, dtypes and layouts of vLLM's own methods, whose classes make and load them; only the
 arithmetic is here. Weights stay quantized and are decoded at each use, so a refit changes what computes at once. Linear
-layers are vLLM's own methods with a kernel of ours; experts need a method of ours, which comes with a configuration in
-vLLM's own registry that takes over blockwise FP8 checkpoints on such machines. A GPU and a CPU with AMX see none of it.
+layers are vLLM's own methods with a kernel of ours; experts need a method of ours, which comes with configurations in
+vLLM's own registry that take over blockwise FP8 and MXFP8 checkpoints on such machines. A GPU and a CPU with AMX see
+none of it.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from vllm.model_executor.layers.fused_moe import FusedMoEMethodBase, RoutedExper
 from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.fp8 import Fp8Config, Fp8MoEMethod
+from vllm.model_executor.layers.quantization.modelopt import ModelOptMxFp8Config, ModelOptMxFp8FusedMoE
 from vllm.model_executor.layers.quantization.utils.quant_utils import is_layer_skipped
 from vllm.platforms import current_platform
 from vllm.platforms.interface import PlatformEnum
@@ -28,7 +30,7 @@ from refit.plan.errors import ConfigError
 from refit.transfer.precision.codecs import dequantize
 from refit.transfer.precision.fp8 import BLOCK
 
-NAME = "refit_fp8"
+NAME, MXFP8_NAME = "refit_fp8", "refit_mxfp8"
 
 
 def has_no_kernels() -> bool:
@@ -117,17 +119,28 @@ class DecodingFp8Config(Fp8Config):
         return DecodingFp8Experts(self, layer)
 
 
-class DecodingFp8Experts(Fp8MoEMethod):
-    """vLLM's parameters and loading of FP8 experts; each expert that a token asks for is decoded and applied."""
+class DecodingMxfp8Config(ModelOptMxFp8Config):
+    """vLLM's MXFP8 configuration with experts that a CPU can compute."""
 
-    def __init__(self, quant_config: Fp8Config, layer: RoutedExperts) -> None:
-        FusedMoEMethodBase.__init__(self, layer.moe_config)  # not vLLM's, which looks for a kernel
-        self.quant_config = quant_config
-        self.weight_block_size = quant_config.weight_block_size
-        self.block_quant = True
-        self.weight_scale_name = "weight_scale_inv"
-        self.weight_scale_refine = None
-        self.moe_block_shape = self.weight_block_size
+    def get_name(self) -> str:
+        return MXFP8_NAME
+
+    @classmethod
+    def override_quantization_method(
+        cls,
+        hf_quant_cfg: dict[str, Any],
+        user_quant: str | None,  # noqa: ARG003
+        hf_config: Any = None,  # noqa: ARG003
+    ) -> str | None:
+        """Take over MXFP8 checkpoints where vLLM itself cannot run them."""
+        return MXFP8_NAME if hf_quant_cfg.get("quant_method") == "mxfp8" and has_no_kernels() else None
+
+
+class DecodingExperts:
+    """Each expert that a token asks for is decoded and applied."""
+
+    form: str
+    scale_name: str
 
     @property
     def is_monolithic(self) -> bool:
@@ -156,15 +169,49 @@ class DecodingFp8Experts(Fp8MoEMethod):
             if local >= 0:  # else another rank's
                 rows, choices = (topk_ids == expert).nonzero(as_tuple=True)
                 weights = topk_weights[rows, choices, None].float()
-                out.index_add_(0, rows, _expert(layer, local, x[rows]).float() * weights)
+                out.index_add_(0, rows, self._expert(layer, local, x[rows]).float() * weights)
         return out.to(x.dtype)
 
+    def _expert(self, layer: RoutedExperts, number: int, x: torch.Tensor) -> torch.Tensor:
+        first, second = (
+            dequantize(
+                self.form,
+                (getattr(layer, name)[number], getattr(layer, f"{name}_{self.scale_name}")[number]),
+                x.dtype,
+            )
+            for name in ("w13_weight", "w2_weight")
+        )
+        gate, up = torch.nn.functional.linear(x, first).chunk(2, dim=-1)
+        return torch.nn.functional.linear(torch.nn.functional.silu(gate) * up, second)
 
-def _expert(layer: RoutedExperts, number: int, x: torch.Tensor) -> torch.Tensor:
-    first = dequantize("fp8", (layer.w13_weight[number], layer.w13_weight_scale_inv[number]), x.dtype)
-    second = dequantize("fp8", (layer.w2_weight[number], layer.w2_weight_scale_inv[number]), x.dtype)
-    gate, up = torch.nn.functional.linear(x, first).chunk(2, dim=-1)
-    return torch.nn.functional.linear(torch.nn.functional.silu(gate) * up, second)
+
+class DecodingFp8Experts(DecodingExperts, Fp8MoEMethod):
+    """vLLM's parameters and loading of FP8 experts."""
+
+    form, scale_name = "fp8", "scale_inv"
+
+    def __init__(self, quant_config: Fp8Config, layer: RoutedExperts) -> None:
+        FusedMoEMethodBase.__init__(self, layer.moe_config)  # not vLLM's, which looks for a kernel
+        self.quant_config = quant_config
+        self.weight_block_size = quant_config.weight_block_size
+        self.block_quant = True
+        self.weight_scale_name = "weight_scale_inv"
+        self.weight_scale_refine = None
+        self.moe_block_shape = self.weight_block_size
+
+
+class DecodingMxfp8Experts(DecodingExperts, ModelOptMxFp8FusedMoE):
+    """vLLM's parameters and loading of MXFP8 experts."""
+
+    form, scale_name = "mxfp8", "scale"
+
+    def __init__(self, quant_config: ModelOptMxFp8Config, moe_config: Any) -> None:
+        FusedMoEMethodBase.__init__(self, moe_config)  # not vLLM's, which looks for a kernel
+        self.weight_block_size = [1, 32]
+        self.quant_config = quant_config
+
+
+DecodingMxfp8Config.FusedMoEMethodCls = DecodingMxfp8Experts
 
 
 def register() -> None:
@@ -172,3 +219,4 @@ def register() -> None:
     _KERNELS._POSSIBLE_FP8_BLOCK_KERNELS[PlatformEnum.CPU].append(DecodingBlockKernel)
     register_linear_kernel(DecodingMxfp8Kernel, PlatformEnum.CPU, "mxfp8")
     register_quantization_config(NAME)(DecodingFp8Config)
+    register_quantization_config(MXFP8_NAME)(DecodingMxfp8Config)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -65,12 +66,23 @@ def loader_layout(model: torch.nn.Module) -> Iterator[tuple[Slot, ...]]:
         for name, module in model.named_modules()
         for key, tensor in layer_tensors(module).items()
     }
+    _name_partial_loaders(model)
     try:
         with torch.no_grad():
             _RELOAD.initialize_layerwise_reload(model)
         yield tuple(_slots(model, live))
     finally:
         close_reload(model)
+
+
+def _name_partial_loaders(model: torch.nn.Module) -> None:
+    """vLLM 0.31 asks each loader for its name on a reload; those of KV scales per head are partials without one."""
+    for module in model.modules():
+        for tensors in layer_reload(module).restore_metadata:
+            for tensor in tensors.values():
+                loader = getattr(tensor, "weight_loader", None)  # absent is normal: the default loader
+                if isinstance(loader, partial) and not hasattr(loader, "__name__"):
+                    loader.__name__ = loader.func.__name__
 
 
 def _slots(model: torch.nn.Module, live: dict[tuple[str, str], torch.Tensor]) -> Iterator[Slot]:

@@ -26,11 +26,10 @@ def precisions(case: Case) -> Iterator[Violation]:
         yield Violation(key, settings.precision, problem, remedy)
     if case.model is None or settings.precision not in QUANTIZATIONS:
         return
-    if settings.precision == MXFP8.name and case.model.num_experts:
-        problem = "experts in MXFP8 are not validated"
-        yield Violation(key, settings.precision, problem, f"Use {FP8_BLOCK.name} for models with experts")
     if settings.precision == FP8_BLOCK.name:
         yield from _whole_blocks(case.model, settings.tensor_parallel)
+    if settings.precision == MXFP8.name:
+        yield from _whole_groups(case.model, settings.tensor_parallel)
 
 
 def _why_not(train: str, engine: str) -> tuple[str, str]:
@@ -49,6 +48,19 @@ def _why_not(train: str, engine: str) -> tuple[str, str]:
         f"no engine of a job reads it, from policy.precision {train!r} or any other",
         f"Use one of {', '.join((*PRECISIONS, *QUANTIZATIONS))}",
     )
+
+
+def _whole_groups(model: ModelFacts, tp: int) -> Iterator[Violation]:
+    """A scale of MXFP8 is one rank's: columns that tensor parallelism cuts must be whole groups on each."""
+    columns = ("attention", model.num_heads // tp * model.head_size)
+    for what, size in (columns, *((name, width // tp) for name, width in model.widths + model.expert_widths)):
+        if size % MXFP8.unit[1]:
+            problem = (
+                f"with MXFP8 groups of {MXFP8.unit[1]}, a rank's {size} columns of {what} are no whole groups"
+            )
+            yield Violation(
+                "generation.tensor_parallel", tp, problem, "Lower it, or generation.precision=bf16"
+            )
 
 
 def _whole_blocks(model: ModelFacts, tp: int) -> Iterator[Violation]:

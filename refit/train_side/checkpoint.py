@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,12 @@ from torch import Tensor
 
 from refit.train_side import cpu_compat
 from refit.train_side.build import BuiltModel
+from refit.train_side.fp8_params import NUM_TERMS, BlockParam, BlockTasks, one_per_block
 from refit.train_side.gtp import WholeWeights
 from refit.train_side.lora_fold import Fold
 from refit.train_side.lowering import LoweredModel, param_name
+from refit.transfer.memory import torch_dtype
+from refit.transfer.precision.fp8 import FP8_BLOCK
 
 
 def export(
@@ -44,6 +48,32 @@ def _folded(tasks: list[Any], fold: Fold) -> list[Any]:
     own = {param_name(task): task.param_weight for task in tasks if task.param_weight is not None}
     own |= fold.weights(own)
     return [dataclasses.replace(task, param_weight=own.get(param_name(task))) for task in tasks]
+
+
+def export_blocks(
+    model: BuiltModel, lowered: LoweredModel, names: Collection[str]
+) -> Iterator[tuple[str, Tensor]]:
+    """The FP8 elements and scales of the named tensors, as the ranks store them, by the names of their parts.
+
+    Collective like `export`. Every rank that stores one of the tensors must store it in blocks.
+    """
+    wanted = set(names)
+
+    def gathered(read: Callable[[BlockParam], Tensor]) -> Iterator[tuple[str, Tensor]]:
+        tasks = BlockTasks(lowered.tasks_for(wanted), read)
+        stream = model.bridge.export_hf_weights(model.chunks, show_progress=False, conversion_tasks=tasks)
+        return _clipped(cpu_compat.stepwise(iter(stream)), lowered, wanted)
+
+    elements, scale = FP8_BLOCK.parts
+    for name, tensor in gathered(BlockParam.values):
+        yield elements.name(name), tensor.to(torch_dtype(elements.dtype))
+    scales: dict[str, Tensor] = {}
+    for number in range(NUM_TERMS):
+        for name, tensor in gathered(partial(BlockParam.scale_term, number=number)):
+            term = one_per_block(name, tensor.float())
+            scales[name] = scales[name] + term if number else term
+    for name, tensor in scales.items():
+        yield scale.name(name), tensor
 
 
 def _clipped(

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -28,10 +29,23 @@ from refit.plan import (
 from refit.train_side.build import BuiltModel
 from refit.train_side.copies import find_copies
 from refit.train_side.export_changes import refuse_changes
+from refit.train_side.fp8_params import (
+    block_param,
+    is_block_param,
+    param_specs,
+    parts_of,
+    plain_memory,
+    scale_holdings,
+)
 from refit.train_side.gtp import is_shard, local_param
 from refit.train_side.hf_folder import quick_lookups, tensor_shapes
-from refit.train_side.pieces import CannotLowerError, HfTensor, holdings_of
+from refit.train_side.pieces import CannotLowerError, HfTensor, LocalParam, holdings_of
 from refit.train_side.rules import Subject, rules
+from refit.transfer.memory import dtype_name
+from refit.transfer.precision.fp8 import FP8_BLOCK
+from refit.transfer.precision.scheme import Scheme
+
+type Kinds = dict[tuple[type, str], str]
 
 
 class StaleTasksError(RuntimeError):
@@ -104,30 +118,44 @@ class LoweredModel:
         """The HF tensors that are copies of `name`."""
         return tuple(copy for copy, original in self.copies.items() if original == name)
 
-    def live_params(self) -> dict[str, Tensor]:
+    def weights(self) -> dict[str, Tensor]:
         """This rank's parameters by name. Raises StaleTasksError if one is not the one that was prepared."""
         return {param_name(task): self._live(task) for task in self.own_tasks()}
 
-    def manifest(self, rank: int) -> RankManifest:
-        """What this rank holds. No collective; cost is linear in its number of parameters."""
+    def live_params(self) -> dict[str, Tensor]:
+        """The memory of `weights` by the names of the manifest's params."""
+        found: dict[str, Tensor] = {}
+        for name, weight in self.weights().items():
+            found |= plain_memory(name, weight)
+        return found
+
+    def manifest(self, rank: int, scheme: Scheme = MappingProxyType({})) -> RankManifest:
+        """What this rank holds. No collective; cost is linear in its number of parameters.
+
+        A tensor that engines store in FP8, as `scheme` says, and this rank in the same blocks, is held as its parts.
+        """
         params: list[ParamSpec] = []
         holdings: list[Holding] = []
         misc: dict[str, str] = {}
-        dtypes: dict[str, str] = {}
+        tensors: dict[str, TensorSpec] = {}
         kinds: dict[tuple[type, str], str] = {}
         for task in self.own_tasks():
             weight = self._live(task)
-            dtype = str(weight.dtype).removeprefix("torch.")
-            params.append(ParamSpec(param_name(task), tuple(weight.shape), dtype))
-            names = {canonical(name)[0]: dtype for name in _hf_names(task)}
-            dtypes |= names
+            params += param_specs(plain_memory(param_name(task), weight))
+            names = [canonical(name)[0] for name in _hf_names(task)]
+            specs = [TensorSpec(name, self._shape(name), dtype_name(weight.dtype)) for name in names]
             try:
-                holdings.extend(self._lower(task, weight, kinds))
+                if is_block_param(weight) and all(scheme.get(name) == FP8_BLOCK.name for name in names):
+                    holdings += self._lower_blocks(task, weight, kinds)
+                    specs = [part for spec in specs for part in parts_of(spec)]
+                else:
+                    holdings += self._lower(task, weight, kinds)
             except CannotLowerError as error:
                 misc |= dict.fromkeys(names, str(error))
+            tensors |= {spec.name: spec for spec in specs}
         for copy, original in self.copies.items():
-            if original in dtypes:
-                dtypes[copy] = dtypes[original]
+            if original in tensors:
+                tensors[copy] = replace(tensors[original], name=copy)
                 if original in misc:
                     misc[copy] = misc[original]
                 holdings += [replace(h, tensor=copy) for h in holdings if h.tensor == original]
@@ -136,7 +164,7 @@ class LoweredModel:
             rank=rank,
             stage=self.stage,
             replica=0,
-            tensors=tuple(TensorSpec(name, self._shape(name), dtypes[name]) for name in sorted(dtypes)),
+            tensors=tuple(tensors[name] for name in sorted(tensors)),
             params=tuple(params),
             holdings=coalesce_holdings(holding for holding in holdings if holding.tensor not in misc),
             misc=tuple(MiscReason(name, misc[name]) for name in sorted(misc)),
@@ -152,14 +180,27 @@ class LoweredModel:
         tensor_name, expert = canonical(name)
         return HfTensor(tensor_name, self.hf_shapes[name], expert)
 
-    def _lower(self, task: Any, weight: Tensor, kinds: dict[tuple[type, str], str]) -> Iterator[Holding]:
+    def _lower(self, task: Any, weight: Tensor, kinds: Kinds) -> list[Holding]:
+        if is_block_param(weight):
+            raise CannotLowerError(
+                f"{param_name(task)} is stored in FP8 blocks, which these engines do not store"
+            )
+        return list(self._boxes(task, local_param(param_name(task), weight), kinds))
+
+    def _lower_blocks(self, task: Any, weight: Tensor, kinds: Kinds) -> list[Holding]:
+        """Holdings of elements, and of their scales."""
         name = param_name(task)
-        if name in self.not_plain:
-            raise CannotLowerError(self.not_plain[name])
+        blocks = block_param(name, weight)
+        elements = LocalParam.whole(name, tuple(blocks.elements.shape), blocks.elements.stride())
+        holdings = coalesce_holdings(self._boxes(task, elements, kinds))
+        return [*holdings, *scale_holdings(name, blocks, holdings, self._shape)]
+
+    def _boxes(self, task: Any, param: LocalParam, kinds: Kinds) -> Iterator[Holding]:
+        if param.name in self.not_plain:
+            raise CannotLowerError(self.not_plain[param.name])
         rule = rules().get(type(task.mapping))
         if rule is None:
             raise CannotLowerError(f"Bridge's {type(task.mapping).__name__} has no lowering rule")
-        param = local_param(name, weight)
         config = task.mapping._get_config(task.megatron_module)
         subject = Subject(task.mapping, task.megatron_module, config, param, self._tensor, kinds)
         yield from holdings_of(param, rule(subject))
@@ -220,7 +261,7 @@ def _not_plain(
     for task in tasks:
         try:
             plain = type(task.param_weight) in (Tensor, torch.nn.Parameter)
-            if not plain and not is_shard(task.param_weight):
+            if not plain and not is_shard(task.param_weight) and not is_block_param(task.param_weight):
                 kind = type(task.param_weight).__name__
                 raise CannotLowerError(f"{param_name(task)} is stored as {kind}")
             shapes = {name: hf_shapes[name] for name in _hf_names(task)}

@@ -6,6 +6,7 @@ import contextlib
 import math
 from collections.abc import Collection, Iterator
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from refit.train_side.lora_fold import Fold
 from refit.train_side.microbatches import Microbatch, response_span, split_batch
 from refit.train_side.options import TrainOptions, TrainParallel
 from refit.train_side.steps import Forward, run_schedule
+from refit.transfer.precision.scheme import Scheme
 
 
 class PolicyTrainer:
@@ -153,13 +155,16 @@ class PolicyTrainer:
         )
         return tuple(microbatch.to(cpu_compat.compute_device()) for microbatch in microbatches)
 
-    def describe(self) -> RankManifest:
+    def describe(self, scheme: Scheme = MappingProxyType({})) -> RankManifest:
         """What this rank holds, in HF names. No collective, nothing of a tensor's size is allocated.
+
+        `scheme` says which tensors engines store in FP8: those that this rank stores alike are held as their parts.
 
         Raises lowering.StaleTasks if a parameter was re-created since `build`.
         """
-        manifest = self._description.manifest(self.rank)
-        return manifest if self._fold is None else self._fold.manifest(manifest)
+        if self._fold is None:
+            return self._description.manifest(self.rank, scheme)
+        return self._fold.manifest(self._description.manifest(self.rank))  # folded weights are in no blocks
 
     def params(self) -> dict[str, Tensor]:
         """This rank's live parameters by the names of `describe().params`; same check as `describe`.
@@ -182,6 +187,10 @@ class PolicyTrainer:
         if self._fold is None:
             raise ValueError("this policy has no adapters: give TrainOptions.lora")
         return AdapterTrainer(self._policy, self._description, self._fold.adapters, self.rank)
+
+    def export_blocks(self, names: Collection[str]) -> Iterator[tuple[str, Tensor]]:
+        """The parts of tensors that the ranks store in FP8 blocks, gathered as they are. Collective like `export`."""
+        return checkpoint.export_blocks(self._policy, self._description, names)
 
     def save(self, path: str | Path) -> None:
         """Write an HF checkpoint (config.json and safetensors) of the current weights."""

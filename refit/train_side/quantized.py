@@ -10,9 +10,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from refit.plan import RankManifest
+from refit.plan import RankManifest, canonical
 from refit.transfer.precision.scheme import Scheme, quantized, without_parts
-from refit.transfer.precision.source import QuantizedSource
+from refit.transfer.precision.source import QuantizedSource, stored_in
 
 
 class Trainer(Protocol):
@@ -20,11 +20,13 @@ class Trainer(Protocol):
 
     rank: int
 
-    def describe(self) -> RankManifest: ...
+    def describe(self, scheme: Scheme = ...) -> RankManifest: ...
 
     def params(self) -> dict[str, Tensor]: ...
 
     def export(self, names: Collection[str] | None = None) -> Iterator[tuple[str, Tensor]]: ...
+
+    def export_blocks(self, names: Collection[str]) -> Iterator[tuple[str, Tensor]]: ...
 
 
 class TrainerGroup:
@@ -53,20 +55,28 @@ def _gathered(mine: Tensor) -> list[Tensor]:
 class QuantizedTrainer:
     """`describe`, `params` and `export` of a trainer, in the form that a scheme's engines store.
 
-    `params` and `export` are collective over the trainers, and quantize the weights of the moment of the call. The
+    Tensors that trainers and engines store in the same FP8 blocks (`stored`) are passed on as they are; the others are
+    quantized from the weights of the moment of the call. `params` and `export` are collective over the trainers. The
     export quantizes whole tensors, so that an audit compares two ways to the same bytes.
     """
 
-    def __init__(self, trainer: Trainer, scheme: Scheme, source: QuantizedSource) -> None:
+    def __init__(
+        self, trainer: Trainer, scheme: Scheme, stored: frozenset[str], source: QuantizedSource
+    ) -> None:
         self.rank = trainer.rank
         self._trainer = trainer
         self._scheme = scheme
+        self._stored = stored
         self._source = source
 
     @classmethod
     def prepare(cls, trainer: Trainer, scheme: Scheme) -> QuantizedTrainer:
         """Collective over the trainers; allocates nothing of a tensor's size."""
-        return cls(trainer, scheme, QuantizedSource.prepare(trainer.describe(), scheme, TrainerGroup()))
+        group, manifest = TrainerGroup(), trainer.describe(scheme)
+        mine = sorted(stored_in(manifest, scheme)), sorted(reason.tensor for reason in manifest.misc)
+        stored, misc = (set().union(*each) for each in zip(*group.gather(mine), strict=True))
+        source = QuantizedSource.prepare(manifest, scheme, group)
+        return cls(trainer, scheme, frozenset(stored - misc), source)
 
     def describe(self) -> RankManifest:
         """What this rank will hold when `params` is called, in the engine's names and dtypes."""
@@ -81,6 +91,15 @@ class QuantizedTrainer:
         """Full tensors as the engine's checkpoint has them; all, or those named."""
         whole = None if names is None else without_parts(names, self._scheme)
         wanted = None if names is None else set(names)
-        for name, tensor in quantized(self._trainer.export(whole), self._scheme):
-            if wanted is None or name in wanted:
-                yield name, tensor
+        stored: list[str] = []
+        for name, tensor in self._trainer.export(whole):
+            if canonical(name)[0] in self._stored:
+                stored.append(name)
+                continue  # what Bridge decoded; the blocks themselves follow
+            for part in quantized([(name, tensor)], self._scheme):
+                if wanted is None or part[0] in wanted:
+                    yield part
+        if stored:
+            for name, tensor in self._trainer.export_blocks(stored):
+                if wanted is None or name in wanted:
+                    yield name, tensor

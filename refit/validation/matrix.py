@@ -8,6 +8,8 @@ train = { tensor = 2 }               # fields of TrainParallel
 gen = { tensor = 4 }                 # fields of GenParallel
 replicas = 1                         # engines of that layout
 precision = "fp32"                   # of trainers, engines and checkpoint: fp32 or bf16
+quantized = ""                       # what engines store the matrices in: fp8 or mxfp8, made from bf16 by the sender
+fp8_trainers = false                 # trainers store FP8 blocks too, by a test double of Transformer Engine's tensors
 logprobs = false                     # also run the engines, against one of a single rank
 read = false                         # also read every tensor back from the first engine, and random slices
 unrunnable = ""                      # why this machine cannot run it, and what stands in for it
@@ -24,8 +26,10 @@ from typing import Any
 from refit.gen_side.generator import GenParallel
 from refit.plan import ConfigError
 from refit.train_side.options import TrainParallel
+from refit.transfer.precision.checkpoint import QUANTIZATIONS
+from refit.transfer.precision.fp8 import FP8_BLOCK
 
-SHIPPED = ("l0", "l1", "read")
+SHIPPED = ("l0", "l1", "fp8", "read")
 PRECISIONS = ("fp32", "bf16")
 _FOLDER = Path(__file__).parent / "matrices"
 
@@ -41,6 +45,8 @@ class Case:
     overrides: Mapping[str, Any] = field(default_factory=dict)
     replicas: int = 1
     precision: str = "fp32"
+    quantized: str = ""
+    fp8_trainers: bool = False
     logprobs: bool = False
     read: bool = False
     misc: tuple[str, ...] = ()
@@ -55,6 +61,15 @@ class Case:
         if self.precision not in PRECISIONS:
             known = ", ".join(PRECISIONS)
             raise ConfigError(f"case {self.name!r}: precision {self.precision!r} is not one of {known}")
+        if self.quantized and (self.quantized not in QUANTIZATIONS or self.precision != "bf16"):
+            raise ConfigError(
+                f"case {self.name!r}: quantized is {self.quantized!r} with precision {self.precision!r}; "
+                f"{' and '.join(QUANTIZATIONS)} are made from bf16"
+            )
+        if self.fp8_trainers and self.quantized != FP8_BLOCK.name:
+            raise ConfigError(
+                f"case {self.name!r}: fp8_trainers with quantized {self.quantized!r}; FP8 blocks go to fp8"
+            )
 
     @property
     def num_train(self) -> int:

@@ -15,15 +15,18 @@ from typing import Any
 
 import torch
 
+from refit.gen_side.generator import GenParallel
 from refit.plan import BULK, RankManifest
 from refit.plan.naming import canonical
 from refit.transfer.endpoint import Endpoint
+from refit.transfer.precision.checkpoint import quantize_checkpoint
 from refit.transfer.protocol import GOLDEN, P2P
 from refit.transfer.reading import Holder, Reads
 from refit.transfer.rendezvous import ControlStore
 from refit.validation.matrix import Case
 from refit.validation.pool import Tell
 from refit.validation.reading import serve
+from refit.validation.te_double import quantize_anew, store_in_blocks
 from refit.validation.weights import first_difference, next_version, read_tensors, stacked
 
 VERSIONS = (1, 2)
@@ -36,7 +39,8 @@ class Setting:
 
     case: Case
     folder: str
-    """The checkpoint of version 1; version v as the trainers exported it is in `<folder>-v`."""
+    """The checkpoint of version 1; version v as the trainers exported it is in `<folder>-v`. Beside each of the two,
+    in a case of quantized engines, is what quantizing it as a whole gives: `engine_folder` of it."""
     store: str
     run_id: str
     meeting: str
@@ -44,6 +48,10 @@ class Setting:
 
     def exported(self, version: int) -> str:
         return f"{self.folder}-{version}"
+
+    def engine_folder(self, folder: str) -> str:
+        """The same weights as engines store them."""
+        return f"{folder}-{self.case.quantized}" if self.case.quantized else folder
 
     def join(self) -> ControlStore:
         host, _, port = self.store.rpartition(":")
@@ -89,22 +97,26 @@ def run_train_rank(tell: Tell, setting: Setting, rank: int) -> dict[str, Any]:
 
     case = setting.case
     tell("building the model")
+    double = (store_in_blocks,) if case.fp8_trainers else ()
     trainer = BareTrainer.build(
-        setting.folder, case.train, case.precision, rank, setting.meeting, setting.timeout_s
+        setting.folder, case.train, case.precision, rank, setting.meeting, setting.timeout_s, *double
     )
     tell("prepare")
-    paths = Paths.prepare(setting, trainer.describe())
+    offer = _offer(setting, trainer)
+    paths = Paths.prepare(setting, offer.describe())
     wrong: dict[str, str] = {}
     for version in VERSIONS:
         if version == 2:
             tell("changing the weights")
             trainer.change(lambda values: next_version(values, case.precision))
+            quantize_anew(trainer.weights().values())
         for path, endpoint in paths.by_name.items():
             tell(f"sending version {version}, {path}")
-            _send(endpoint, trainer, version)
+            _send(endpoint, offer, version)
         tell(f"exporting version {version}")
         trainer.save(setting.exported(version))
         if rank == 0:
+            as_engines_store_it(setting.case, setting.exported(version))
             paths.control.put(exported_key(version), {"folder": setting.exported(version)})
             bulk = paths.by_name[P2P].plan.tensors
             difference = _export_difference(setting, version, {n for n, t in bulk.items() if t.kind == BULK})
@@ -114,6 +126,22 @@ def run_train_rank(tell: Tell, setting: Setting, rank: int) -> dict[str, Any]:
     paths.close()
     trainer.close()
     return {"wrong": wrong}
+
+
+def _offer(setting: Setting, trainer: Any) -> Any:
+    """The trainer as the engines of the case see it. Collective over the trainers."""
+    from refit.gen_side.hf_index import read_hf_shapes
+    from refit.train_side.quantized import QuantizedTrainer
+    from refit.transfer.precision.scheme import scheme_of
+
+    scheme = scheme_of(read_hf_shapes(setting.engine_folder(setting.folder)))
+    return QuantizedTrainer.prepare(trainer, scheme) if scheme else trainer
+
+
+def as_engines_store_it(case: Case, folder: str) -> None:
+    """Write `Setting.engine_folder` of a checkpoint, from its whole tensors."""
+    if case.quantized:
+        quantize_checkpoint(folder, f"{folder}-{case.quantized}", case.quantized)
 
 
 def _send(endpoint: Endpoint, trainer: Any, version: int) -> None:
@@ -155,7 +183,7 @@ def run_gen_rank(tell: Tell, setting: Setting, gen_rank: int) -> dict[str, Any]:
     running, worker = _worker(setting, rank)
     with worker.active():
         tell("tracing the loader")
-        trace = trace_loader(worker.model, read_hf_shapes(setting.folder))
+        trace = trace_loader(worker.model, read_hf_shapes(setting.engine_folder(setting.folder)))
         manifest = trace.manifest(gen_rank=gen_rank, stage=rank // case.gen.tensor, replica=replica)
         tell("prepare")
         paths = Paths.prepare(setting, manifest)
@@ -174,16 +202,28 @@ def run_gen_rank(tell: Tell, setting: Setting, gen_rank: int) -> dict[str, Any]:
 
 
 def _worker(setting: Setting, rank: int) -> tuple[Any, Any]:
-    """(engine or None, the rank's model) with vLLM's random weights, its ranks joined."""
+    """(engine or None, the rank's model) with other weights than any version's, its ranks joined.
+
+    They are vLLM's own random ones, but a checkpoint's where engines are quantized: vLLM 0.31 gives the scales of such
+    an engine's attention random values too, which no loading of weights ever sets again.
+    """
     from refit.gen_side.bare import RunningRank, join_ranks, load
 
     case = setting.case
     dtype = "float32" if case.precision == "fp32" else "bfloat16"
+    folder, form = setting.folder, "dummy"
+    if case.quantized:
+        folder, form = setting.engine_folder(initial_folder(setting.folder)), "auto"
     if case.logprobs:
-        running = RunningRank.launch(setting.folder, case.gen, dtype, rank, setting.meeting, "dummy")
+        running = RunningRank.launch(folder, case.gen, dtype, rank, setting.meeting, form)
         return running, running.worker
-    join_ranks(setting.folder, case.gen, dtype, rank, setting.meeting)
-    return None, load(setting.folder, case.gen, dtype, rank, "dummy")
+    join_ranks(folder, case.gen, dtype, rank, setting.meeting)
+    return None, load(folder, case.gen, dtype, rank, form)
+
+
+def initial_folder(folder: str) -> str:
+    """The checkpoint that quantized engines start from."""
+    return f"{folder}-0"
 
 
 def _round(
@@ -198,7 +238,7 @@ def _round(
         staged[path] = _receive(endpoint, worker, trace, version)
     tell(f"waiting for the export of version {version}")
     paths.control.get(exported_key(version), setting.timeout_s)
-    tensors = read_tensors(setting.exported(version))
+    tensors = read_tensors(setting.engine_folder(setting.exported(version)))
     tell(f"comparing version {version}")
     mine = _memory(staged[P2P])
     found = {GOLDEN: first_difference(mine, _memory(staged[GOLDEN]), tensors)}
@@ -287,7 +327,7 @@ def _live_difference(setting: Setting, version: int, trace: Any, mine: Mapping[s
 
     case = setting.case
     dtype = "float32" if case.precision == "fp32" else "bfloat16"
-    fresh = load(setting.exported(version), case.gen, dtype, rank)
+    fresh = load(setting.engine_folder(setting.exported(version)), case.gen, dtype, rank)
     with fresh.active():
         wanted = audit(fresh.model, trace, None).params_sha256
     wrong = [name for name in sorted(wanted) if mine.get(name) != wanted[name]]
@@ -300,13 +340,14 @@ def _memory(staging: Any) -> dict[str, torch.Tensor]:
     return {name: plain(tensor) for name, tensor in staging.tensors.items()}
 
 
-def run_reference_rank(tell: Tell, setting: Setting, meeting: str) -> list[list[float]]:
-    """Log-probabilities by an engine of one rank on the last exported version."""
+def run_reference_rank(
+    tell: Tell, setting: Setting, folder: str, layout: GenParallel, rank: int
+) -> list[list[float]]:
+    """Log-probabilities by one rank of an engine that is started from a checkpoint."""
     from refit.gen_side.bare import RunningRank
-    from refit.gen_side.generator import GenParallel
 
     dtype = "float32" if setting.case.precision == "fp32" else "bfloat16"
-    tell("building the engine of one rank")
-    running = RunningRank.launch(setting.exported(VERSIONS[-1]), GenParallel(), dtype, 0, meeting, "auto")
+    tell("building the reference engine")
+    running = RunningRank.launch(folder, layout, dtype, rank, setting.meeting, "auto")
     tell("logprobs")
     return running.logprobs(PROMPTS)

@@ -10,14 +10,14 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
-from fnmatch import fnmatch
+from dataclasses import replace
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
 from refit.gen_side.bare import forget_ranks
-from refit.plan import BULK, MISC, Plan, PlanOptions
+from refit.gen_side.generator import GenParallel
+from refit.plan import Plan, PlanOptions
 from refit.service.agreement import Terms, agree_on_plan, collect_reports, describe_mismatches, mismatches_of
 from refit.service.reader import Reader
 from refit.transfer.errors import TransportError
@@ -25,11 +25,12 @@ from refit.transfer.protocol import GOLDEN, P2P, decision_key
 from refit.transfer.rendezvous import ControlStore
 from refit.validation import ranks
 from refit.validation.matrix import Case
-from refit.validation.parity import LOGPROB_LIMIT, largest_delta
+from refit.validation.outcome import Outcome, kl_per_token, outcome_of, too_far
+from refit.validation.parity import largest_delta
 from refit.validation.pool import Job, Pool, Result
 from refit.validation.ranks import VERSIONS, Setting, exported_key, run_id_of
 from refit.validation.reading import PoolEngine, read_faults
-from refit.validation.weights import make_checkpoint, read_tensors
+from refit.validation.weights import make_checkpoint, make_initial, read_tensors
 
 START_S = 600.0
 """Longest wait for the imports of both parents, on a busy machine."""
@@ -38,31 +39,6 @@ SETTLE_S = 1.0
 MEETING_PORTS = (15_000, 32_000)
 BUCKET_BYTES = 1 << 16  # small, so that tiny models take several rounds
 PRELOADS = {"train": "refit.train_side.bare:preload", "gen": "refit.gen_side.bare:preload"}
-
-
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """What came of a case. `failures` is empty when every byte and every check was right.
-
-    Bytes count each element once, of the tensors that generators want. `misc` gives a reason for every tensor that is
-    not bulk; `logprob_delta` is the largest difference to an engine of one rank, None where no engine ran.
-    """
-
-    case: Case
-    failures: tuple[str, ...] = ()
-    bulk_bytes: int = 0
-    misc_bytes: int = 0
-    misc: tuple[tuple[str, str], ...] = ()
-    logprob_delta: float | None = None
-    seconds: float = 0.0
-
-    @property
-    def bulk_share(self) -> float:
-        return self.bulk_bytes / max(1, self.bulk_bytes + self.misc_bytes)
-
-    @property
-    def status(self) -> str:
-        return "unrunnable" if self.case.unrunnable else "failed" if self.failures else "passed"
 
 
 class Runner:
@@ -122,7 +98,7 @@ class Runner:
                 except BaseException:
                     _release(control, setting)  # the coordinator waits in the store
                     raise
-                outcome = _outcome(case, plan.result(), found)
+                outcome = outcome_of(case, plan.result(), found)
             if case.logprobs:
                 outcome = self._compare_logprobs(outcome, setting, found)
             return outcome
@@ -158,23 +134,39 @@ class Runner:
         }
 
     def _compare_logprobs(self, outcome: Outcome, setting: Setting, found: Mapping[str, Any]) -> Outcome:
-        job = Job("the engine of one rank", ranks.run_reference_rank, (setting, self._meeting()))
-        wanted = self._collect({"gen": [job]}, self._case_s)[job.who]
+        """With an engine that was started from the last version.
+
+        That has one rank, and the same layout where engines are quantized: their bf16 sums of other shares of a row are
+        farther apart than two versions should be. Those are compared with one rank on what was trained, too.
+        """
+        case = setting.case
+        exported = setting.exported(VERSIONS[-1])
         engines = [found[who]["logprobs"] for who in found if who.startswith("gen ")]
-        deltas = [largest_delta(wanted, mine) for mine in engines if mine is not None]
-        failures = outcome.failures
-        limit = LOGPROB_LIMIT[outcome.case.precision]
-        if max(deltas) > limit:
-            failures += (f"logprobs differ by {max(deltas):.2e} from an engine of one rank, limit {limit}",)
-        return replace(outcome, failures=failures, logprob_delta=max(deltas))
+        engines = [mine for mine in engines if mine is not None]
+        layout = case.gen if case.quantized else GenParallel()
+        stored = self._reference(setting, setting.engine_folder(exported), layout)
+        outcome = replace(outcome, logprob_delta=max(largest_delta(stored, mine) for mine in engines))
+        if case.quantized:
+            trained = self._reference(setting, exported, GenParallel())
+            outcome = replace(outcome, kl=max(kl_per_token(trained, mine) for mine in engines))
+        return replace(outcome, failures=(*outcome.failures, *too_far(outcome)))
+
+    def _reference(self, setting: Setting, folder: str, layout: GenParallel) -> list[list[float]]:
+        setting = replace(setting, meeting=self._meeting())
+        jobs = [
+            Job(f"reference {rank}", ranks.run_reference_rank, (setting, folder, layout, rank))
+            for rank in range(layout.num_ranks)
+        ]
+        logprobs: list[list[float]] = self._collect({"gen": jobs}, self._case_s)[jobs[0].who]
+        return logprobs
 
     def _checkpoint(self, case: Case) -> str:
         """The folder of version 1, made once per model, in a process that has transformers loaded."""
-        key = repr((case.model, sorted(case.overrides.items()), case.precision))
+        key = repr((case.model, sorted(case.overrides.items()), case.precision, case.quantized))
         if key not in self._checkpoints:
             folder = str(self._folder / f"model{len(self._checkpoints)}")
-            args = (case.model, dict(case.overrides), case.precision, folder)
-            self._collect({"train": [Job("the checkpoint", _make_checkpoint, args)]}, self._case_s)
+            job = Job("the checkpoint", _make_checkpoint, (case, folder))
+            self._collect({"train": [job]}, self._case_s)
             self._checkpoints[key] = folder
         return self._checkpoints[key]
 
@@ -241,8 +233,11 @@ def run_all(
     return tuple(outcomes)
 
 
-def _make_checkpoint(_: Callable[[str], None], *args: Any) -> tuple[str, ...]:
-    return make_checkpoint(*args)
+def _make_checkpoint(_: Callable[[str], None], case: Case, folder: str) -> None:
+    make_checkpoint(case.model, case.overrides, case.precision, folder)
+    if case.quantized:
+        ranks.as_engines_store_it(case, folder)
+        ranks.as_engines_store_it(case, make_initial(folder, ranks.initial_folder(folder), case.precision))
 
 
 def _coordinate(control: ControlStore, setting: Setting) -> tuple[Plan, tuple[str, ...]]:
@@ -279,7 +274,7 @@ def _read(control: ControlStore, setting: Setting) -> list[str]:
     engine = PoolEngine(control, 0, case.gen.num_ranks)
     control.get(exported_key(VERSIONS[-1]), setting.timeout_s)
     try:
-        tensors = read_tensors(setting.exported(VERSIONS[-1]))
+        tensors = read_tensors(setting.engine_folder(setting.exported(VERSIONS[-1])))
         return list(read_faults(Reader(engine, control, setting.timeout_s), tensors, case.misc))
     except Exception as error:
         return [f"{type(error).__name__}: {error}"]
@@ -291,34 +286,6 @@ def _release(control: ControlStore, setting: Setting) -> None:
     for path in (P2P, GOLDEN):
         control.under(run_id_of(setting, path)).fail("validate", "the runner", "the case was ended")
     control.fail("validate", "the runner", "the case was ended")  # reads wait under the case's own run id
-
-
-def _outcome(case: Case, planned: tuple[Plan, tuple[str, ...]], found: Mapping[str, Any]) -> Outcome:
-    plan, mismatches = planned
-    wanted = [tensor for tensor in plan.tensors.values() if tensor.name in plan.gen.specs]
-    total = {kind: sum(tensor.num_bytes for tensor in wanted if tensor.kind == kind) for kind in (BULK, MISC)}
-    misc = tuple((tensor.name, tensor.reason) for tensor in plan.tensors.values() if tensor.kind == MISC)
-    outcome = Outcome(case, (*mismatches, *_failures(found)), total[BULK], total[MISC], misc)
-    return replace(outcome, failures=(*outcome.failures, *_unproven(outcome, set(plan.gen.specs))))
-
-
-def _unproven(outcome: Outcome, wanted: set[str]) -> Iterator[str]:
-    """What is misc and should be bulk, of the tensors that generators want."""
-    case = outcome.case
-    for name, reason in outcome.misc:
-        if name in wanted and not any(fnmatch(name, pattern) for pattern in case.misc):
-            yield f"{name} is not bulk, {reason}"
-            break
-    if outcome.bulk_share < case.min_bulk_share:
-        yield f"bulk share {outcome.bulk_share:.4f} is below {case.min_bulk_share}"
-
-
-def _failures(found: Mapping[str, Any]) -> Iterator[str]:
-    """Each thing that some rank found wrong, the earliest version first."""
-    rows = [(check, who, text) for who, value in found.items() for check, text in value["wrong"].items()]
-    for check, who, text in sorted(rows, key=lambda row: (row[0].rpartition(" ")[2], row[1], row[0])):
-        name, _, version = check.rpartition(" ")
-        yield f"{who}, version {version}, {name}: {text}"
 
 
 def meeting_addresses() -> Iterator[str]:

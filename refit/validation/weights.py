@@ -51,6 +51,12 @@ def make_checkpoint(
     return rewrite(source, folder, number)
 
 
+def make_initial(source: str | Path, folder: str | Path, precision: str) -> str:
+    """Write values that differ from those of versions 1 and 2 in almost every element; returns the folder."""
+    rewrite(source, folder, lambda _, old: -next_version(old, precision))
+    return str(folder)
+
+
 def next_version(values: Tensor, precision: str) -> Tensor:
     """Version 2 of these elements of version 1, element by element."""
     mixed = (_address(values, precision) * _ODD) % (1 << 32)

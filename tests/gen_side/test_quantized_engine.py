@@ -101,6 +101,58 @@ def test_fp8_weights_and_kv_scales_arrive_as_if_loaded_from_disk_twice_in_a_row(
         generator.close()
 
 
+PER_HEAD = {
+    "quant_method": "compressed-tensors",
+    "format": "dense",
+    "config_groups": {},
+    "ignore": [],
+    "kv_cache_scheme": {"num_bits": 8, "type": "float", "strategy": "attn_head", "symmetric": True},
+}
+
+
+def with_scales_per_head(folder, factor):
+    """Give a bf16 checkpoint calibrated scales for each KV head, as llm-compressor writes them."""
+    tensors = tensors_of(folder)
+    for layer in range(SIZES["num_hidden_layers"]):
+        for part, first in (("k", 0.5), ("v", 0.75)):
+            values = factor * torch.tensor([first + layer, 2 * first + layer])
+            tensors[f"model.layers.{layer}.self_attn.{part}_proj.{part}_scale"] = values.view(2, 1, 1)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": PER_HEAD}))
+    return folder
+
+
+def scales_per_head(generator):
+    model = generator._llm.llm_engine.model_executor.driver_worker.worker.model_runner.get_model()
+    layers = [layer.self_attn.attn for layer in model.model.layers]
+    return [
+        (a._k_scale.tolist(), a._v_scale.tolist(), a._k_scale_float, a._k_scale.data_ptr()) for a in layers
+    ]
+
+
+@pytest.mark.slow
+def test_kv_scales_of_each_head_arrive_in_place_and_a_second_refit_does_not_compound_them(tmp_path):
+    start = make_tiny_model("tiny-qwen3", tmp_path / "start", overrides={"num_hidden_layers": 2})
+    changed = shifted(start, tmp_path / "changed", seed=1)
+    with_scales_per_head(start, 1.0), with_scales_per_head(changed, 4.0)
+    generator = built(start, kv_cache_dtype="fp8")
+    try:
+        before = scales_per_head(generator)
+        assert [(k, v, top) for k, v, top, _ in before] == [
+            ([0.5 + i, 1.0 + i], [0.75 + i, 1.5 + i], 1.0 + i) for i in range(2)
+        ]
+        goal = [([4 * x for x in k], [4 * x for x in v], 4 * top, address) for k, v, top, address in before]
+        with Rounds(generator, tensors_of(start), 1) as rounds:
+            for version, (folder, wanted) in enumerate(
+                [(changed, goal), (changed, goal), (start, before)], 1
+            ):
+                assert rounds.refit(version, tensors_of(folder))
+                assert scales_per_head(generator) == wanted
+    finally:
+        generator.close()
+
+
 @pytest.mark.slow
 def test_an_fp8_refit_sends_half_the_bytes_and_the_engine_answers_close_to_a_bf16_engine(tmp_path):
     wide = SIZES | {"intermediate_size": 1024, "num_hidden_layers": 6}

@@ -72,7 +72,6 @@ REFUSALS = [
         ["generation.precision=fp8"],
         ["generation.tensor_parallel = 2", "64 of attention rows", "blocks of 128"],
     ),
-    ([MOE, "generation.precision=mxfp8"], ["generation.precision = 'mxfp8'", "experts", "Use fp8"]),
     (["policy.lora_rank=-1"], ["policy.lora_rank = -1", "at least 0"]),
     (
         ["policy.lora_rank=3", "policy.tensor_parallel=2"],
@@ -169,6 +168,13 @@ def test_a_setting_that_cannot_work_is_refused_with_key_value_and_remedy(models,
 # policy.precision -> what generation.precision may be; every other pair of these words is refused
 WORDS = ("bf16", "fp32", "fp8", "mxfp8", "nvfp4")
 CONNECTED = {"bf16": ("bf16", "fp32", "fp8", "mxfp8"), "fp32": ("bf16", "fp32")}
+
+
+def test_mxfp8_is_refused_where_a_rank_has_no_whole_groups_and_passes_for_experts_that_have(models):
+    overrides = [MOE, "generation.precision=mxfp8"]
+    check(load_config("default", overrides), models["tiny-qwen3-moe"], LAPTOP)
+    message = refuse(models, overrides, moe_intermediate_size=96)
+    assert "generation.tensor_parallel = 2: with MXFP8 groups of 32, a rank's 48 columns of expert" in message
 
 
 @pytest.mark.parametrize("engine", WORDS)

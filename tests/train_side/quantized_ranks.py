@@ -111,3 +111,43 @@ def _receive(endpoint, held, version):
     endpoint.begin(version, version)
     endpoint.move_bulk(held)
     return endpoint.put_report()
+
+
+def block_truth(rank, world_size, address, folder, parallel):
+    """Twice: what a trainer with doubles of Transformer Engine's blocks holds and exports, against whole tensors."""
+    from refit.train_side.bare import BareTrainer
+    from refit.train_side.hf_folder import tensor_shapes
+    from refit.train_side.quantized import QuantizedTrainer
+    from refit.transfer.precision.scheme import quantized
+    from refit.validation.te_double import BlockParamDouble, quantize_anew, store_in_blocks
+
+    trainer = BareTrainer.build(folder, parallel, "bf16", rank, address, TIMEOUT_S, store_in_blocks)
+    weights = trainer.weights()
+    doubles = {name for name, weight in weights.items() if isinstance(weight, BlockParamDouble)}
+    scheme = {canonical(n)[0]: "fp8" for n in tensor_shapes(Path(folder)) if n.endswith("_proj.weight")}
+    offer = QuantizedTrainer.prepare(trainer, scheme)
+    manifest, wrong, from_blocks = offer.describe(), [], set()
+    for _ in range(2):
+        params = offer.params()
+        whole = dict(quantized([(n, t.clone()) for n, t in trainer.export()], scheme))
+        exported = {name: value.clone() for name, value in offer.export()}
+        wrong += [n for n in whole if n not in exported or bytes_of(exported[n]) != bytes_of(whole[n])]
+        for holding in manifest.holdings:
+            param, region = params[holding.param].detach(), holding.region
+            mine = param.as_strided(region.shape, holding.strides, param.storage_offset() + holding.offset)
+            wanted = stacked(whole, holding.tensor)[tuple(map(slice, region.starts, region.stops))]
+            if bytes_of(mine) != bytes_of(wanted):
+                wrong.append(f"{holding.tensor} {region}")
+            if any(holding.param in (name, f"{name}._rowwise_scale_inv") for name in doubles):
+                from_blocks.add(holding.tensor)
+        trainer.change(lambda values: values * -1.5)
+        quantize_anew(weights.values())
+    result = {
+        "wrong": wrong,
+        "from_blocks": sorted(from_blocks),
+        "misc": {reason.tensor: reason.reason for reason in manifest.misc},
+        "bf16": {reason.tensor: reason.reason for reason in trainer.describe().misc},
+        "manifest": encode_rank_manifest(manifest),
+    }
+    trainer.close()
+    return result

@@ -52,3 +52,14 @@ def test_the_large_matrix_passes_bit_for_bit(tmp_path):
     assert summary["passed"] >= 40 and summary["failed"] == 0
     assert summary["bulk_share_min"] >= 0.99 > summary["bulk_share_min_of_unknown_families"] > 0
     assert all(row["reason"] for row in summary["unrunnable"])
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_quantized_engines_hold_what_loading_a_quantized_checkpoint_gives_bit_for_bit(tmp_path):
+    status, _, summary = validate(tmp_path, "--matrix", "fp8", timeout_s=1100)
+    assert status == 0
+    assert summary["passed"] == summary["cases"] >= 10
+    assert summary["bulk_share_min"] == 1.0
+    assert 0 < summary["kl_max"] <= 1.2e-2
+    assert summary["logprob_delta_max"] == 0

@@ -70,6 +70,9 @@ def test_a_users_file_is_a_matrix_and_cases_are_chosen_by_name(tmp_path):
         ('[[case]]\nname = "a"\nmodel = "m"\ncolour = 1', "unknown key 'colour'"),
         ('[[case]]\nname = "a"\nmodel = "m"\ntrain = { tp = 2 }', "case 'a'"),
         ('[[case]]\nname = "a"\nmodel = "m"\nprecision = "fp8"', "precision 'fp8'"),
+        ('[[case]]\nname = "a"\nmodel = "m"\nquantized = "fp8"', "are made from bf16"),
+        ('[[case]]\nname = "a"\nmodel = "m"\nprecision = "bf16"\nquantized = "nvfp4"', "fp8 and mxfp8"),
+        ('[[case]]\nname = "a"\nmodel = "m"\nfp8_trainers = true', "fp8_trainers with quantized ''"),
         ('[[case]]\nname = "a"\nmodel = "m"\n[[case]]\nname = "a"\nmodel = "m"', "called 'a'"),
         ("[[case]\n", "not TOML"),
         ("", "found none"),
@@ -81,3 +84,23 @@ def test_a_matrix_that_cannot_work_is_refused_with_file_and_case(tmp_path, capsy
     assert main(["validate", "--matrix", str(file)]) == 2
     said = capsys.readouterr().err
     assert message in said and "bad.toml" in said
+
+
+def test_the_matrix_of_quantized_engines_has_every_layout_from_bf16_and_from_trainers_that_store_fp8():
+    cases = runnable("fp8")
+    found = {(case.quantized, case.fp8_trainers, case.layout) for case in cases}
+    assert found >= {
+        ("fp8", False, "TP2 > TP4"),
+        ("fp8", False, "EP2 DP2 > TP2"),
+        ("fp8", False, "PP2 > TP2"),
+        ("fp8", False, "GTP3 > 1"),
+        ("fp8", False, "PP2 EP2 DP2 > TP2 PP2"),
+        ("mxfp8", False, "TP2 > TP2"),
+        ("mxfp8", False, "EP2 DP2 > TP2"),
+        ("fp8", True, "TP2 > TP4"),
+        ("fp8", True, "EP2 DP2 > TP2"),
+        ("fp8", True, "PP2 > TP2"),
+        ("fp8", True, "PP2 EP2 DP2 > TP2 PP2"),
+    }
+    assert all("double" in case.name for case in cases if case.fp8_trainers)
+    assert {case.model for case in cases} == {"tiny-qwen3", "tiny-qwen3-moe"}

@@ -1,13 +1,15 @@
 """What makes an outcome a failure besides wrong bytes: misc tensors that nobody allowed, too small a bulk share."""
 
 import dataclasses
+import math
 
 import pytest
 
 from refit.gen_side.generator import GenParallel
 from refit.train_side.options import TrainParallel
 from refit.validation.matrix import Case
-from refit.validation.runner import Outcome, Runner, _failures, _unproven
+from refit.validation.outcome import Outcome, _failures, _unproven, kl_per_token, too_far
+from refit.validation.runner import Runner
 
 CASE = Case("a", "tiny-qwen3", TrainParallel(), GenParallel(), misc=("*.A_log",))
 MISC = (("layers.0.A_log", "computed"), ("layers.0.D", "no rule"), ("layers.1.D", "no rule"))
@@ -49,3 +51,23 @@ def test_an_unrunnable_case_starts_no_process():
     case = dataclasses.replace(CASE, unrunnable="no such kernel")
     outcome = Runner().run(case)
     assert outcome.status == "unrunnable" and not outcome.failures
+
+
+def test_a_quantized_engine_must_be_as_one_from_disk_and_near_one_that_is_not_quantized():
+    quantized = dataclasses.replace(CASE, precision="bf16", quantized="fp8")
+    outcome = Outcome(quantized, logprob_delta=0.0, kl=1.2e-2)
+    assert list(too_far(outcome)) == []
+    assert "started from the quantized checkpoint" in next(
+        too_far(dataclasses.replace(outcome, logprob_delta=1e-5))
+    )
+    assert "a KL of 1.21e-02 per token" in next(too_far(dataclasses.replace(outcome, kl=1.21e-2)))
+    plain = Outcome(dataclasses.replace(CASE, precision="bf16"), logprob_delta=4e-3)
+    assert list(too_far(plain)) == []
+    assert "of one rank, limit 0.005" in next(too_far(dataclasses.replace(plain, logprob_delta=6e-3)))
+
+
+def test_the_kl_of_equal_logprobs_is_zero_and_grows_with_their_distance():
+    assert kl_per_token([[-1.0, -2.0]], [[-1.0, -2.0]]) == 0
+    near, far = (kl_per_token([[-1.0, -2.0]], [[-1.0, -2.0 + gap]]) for gap in (0.1, -0.5))
+    assert 0 < near < far == pytest.approx((math.exp(0.5) - 1.5) / 2)
+    assert kl_per_token([[-1.0]], [[math.nan]]) == math.inf

@@ -75,7 +75,12 @@ class QuantizedSource:
 
     @classmethod
     def prepare(cls, manifest: RankManifest, scheme: Scheme, trainers: Trainers) -> "QuantizedSource":
-        """Collective over the trainers, metadata only: nothing of a tensor's size is allocated."""
+        """Collective over the trainers, metadata only: nothing of a tensor's size is allocated.
+
+        Tensors that the manifest holds as their parts already are left as they are.
+        """
+        stored = stored_in(manifest, scheme)
+        scheme = {name: form for name, form in scheme.items() if name not in stored}
         shapes = {spec.name: spec.shape for spec in manifest.tensors if spec.name in scheme}
         misc = {reason.tensor: reason.reason for reason in manifest.misc if reason.tensor in scheme}
         boxes: list[Box] = []
@@ -106,6 +111,15 @@ class QuantizedSource:
         self.trainers.agree_on_maximum(agreed)
         for box, cells in zip(self.boxes, maxima, strict=True):
             cells.view(-1)[box.cut.to(device)] = agreed[box.slots.to(device)]
+
+
+def stored_in(manifest: RankManifest, scheme: Scheme) -> frozenset[str]:
+    """The tensors of the scheme that the manifest has in their format."""
+    return frozenset(
+        spec.name
+        for spec in manifest.tensors
+        if spec.name in scheme and spec.dtype == codec_of(scheme[spec.name]).format.parts[0].dtype
+    )
 
 
 def _by_tensor(holdings: Iterable[Holding], names: Mapping[str, Any]) -> dict[str, list[Holding]]:
