@@ -8,7 +8,7 @@ import pytest
 from tests.rank_pool import RankPool
 from tests.train_side import ranks
 
-CASE_DEADLINE_S = 90.0
+CASE_DEADLINE_S = 150.0
 _POOL = RankPool("train", "refit.train_side.bare:preload")
 
 
