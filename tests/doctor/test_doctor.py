@@ -65,10 +65,14 @@ def test_an_environment_with_nothing_in_it_gets_a_plain_table_that_names_what_is
     tmp_path: Path,
 ) -> None:
     venv.create(tmp_path / "bare", with_pip=False)
+    tree = tmp_path / "tree"  # an editable install leaves its metadata, plug-in included, in ROOT
+    tree.mkdir()
+    for entry in ("refit", "requirements", "pyproject.toml", "launch"):
+        (tree / entry).symlink_to(ROOT / entry)
     done = subprocess.run(
         [tmp_path / "bare" / "bin" / "python", "-m", "refit", "doctor"],
-        env=CLEAN | {"PYTHONPATH": str(ROOT)},
-        cwd=ROOT,
+        env=CLEAN | {"PYTHONPATH": str(tree)},
+        cwd=tree,
         capture_output=True,
         text=True,
         timeout=120,
