@@ -5,6 +5,7 @@ What the trainers hold is what Megatron-Bridge exports: collective over them, so
 
 from __future__ import annotations
 
+import contextlib
 import secrets
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -20,6 +21,7 @@ from refit.service.diff import Box, DiffReport, diff, plain_report
 from refit.service.holders import EngineWeights
 from refit.service.reader import JobEngine, Reader
 from refit.service.waiting import collect
+from refit.transfer.errors import TransportError
 from refit.transfer.memory import torch_dtype
 from refit.transfer.rendezvous import ControlStore
 
@@ -86,19 +88,23 @@ class TrainerDesk:
 
     def serve(self, plan: Plan, workers_per_engine: int) -> None:
         """Make the diffs that have been asked for since the last call. One that fails is told to who asked for it."""
+        with contextlib.suppress(
+            TransportError
+        ):  # a store that is gone ends the job elsewhere, with its cause
+            asked = self._control.under(DESK).count("asks/trainer", 0)
+            for number in range(self._num_done + 1, asked + 1):
+                self._num_done = number
+                self._answer(number, plan, workers_per_engine)
+
+    def _answer(self, number: int, plan: Plan, workers_per_engine: int) -> None:
         desk = self._control.under(DESK)
-        asked = desk.count("asks/trainer", 0)
-        for number in range(self._num_done + 1, asked + 1):
-            try:
-                ask: Any = desk.get(f"ask/trainer/{number}", LATE_S)
-                report = self._diff(plan, workers_per_engine, int(ask["place"]), str(ask["pattern"]))
-                answer: dict[str, Any] = {"report": plain_report(report)}
-            except (
-                Exception
-            ) as error:  # a diff never ends the job; a trainer that is lost shows in the next step
-                answer = {"error": f"{type(error).__name__}: {error}"}
-            desk.put(f"done/trainer/{number}", answer)
-        self._num_done = asked
+        try:
+            ask: Any = desk.get(f"ask/trainer/{number}", LATE_S)
+            report = self._diff(plan, workers_per_engine, int(ask["place"]), str(ask["pattern"]))
+            answer: dict[str, Any] = {"report": plain_report(report)}
+        except Exception as error:  # a diff never ends the job; a trainer that is lost shows in the next step
+            answer = {"error": f"{type(error).__name__}: {error}"}
+        desk.put(f"done/trainer/{number}", answer)
 
     def _diff(self, plan: Plan, workers_per_engine: int, place: int, pattern: str) -> DiffReport:
         trainers = TrainerWeights(self._trainers, plan, self._control, self._timeout_s)

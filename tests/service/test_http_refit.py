@@ -10,7 +10,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
 
+from refit import cli
+from refit.service.access import server_reader
 from refit.service.http_refit import HttpRefit, join_source
 from refit.train_side.tiny_models import make_tiny_model
 from refit.transfer.source import ModelSource
@@ -36,6 +39,18 @@ def start(tmp_path_factory):
 def server(start, tmp_path_factory):
     with serving(start, tmp_path_factory.mktemp("server") / "log.txt") as engine:
         yield engine
+
+
+def test_every_tensor_is_read_from_a_server_that_nobody_has_refitted(server, start, capsys):
+    before = greedy(server, PROMPTS)
+    with server_reader(server.url) as reader:
+        wrong = [n for n, t in tensors_of(start).items() if not torch.equal(reader.read(n).tensor, t)]
+        row = reader.read("model.embed_tokens.weight", 258)
+    assert wrong == []
+    assert row.version == 0 and row.moved_bytes <= 64 << 10
+    assert cli.main(["diff", str(start), server.url]) == 0
+    assert " 0 differ, 0 not compared" in capsys.readouterr().out
+    assert greedy(server, PROMPTS) == before
 
 
 @pytest.mark.parametrize("script", ["plain_torch_source.py", "fsdp2_source.py"])

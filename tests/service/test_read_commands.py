@@ -13,6 +13,7 @@ from refit.gen_side.desk import Desk
 from refit.service import access
 from refit.service.access import JobAddress, job_reader
 from refit.service.reader import JobEngine, Reader
+from refit.service.trainer_weights import TrainerDesk
 from refit.transfer.errors import TransportError
 from refit.transfer.rendezvous import ControlStore
 from tests.service.test_reader import DENSE
@@ -137,3 +138,16 @@ def test_a_desk_survives_readers_that_die_and_asks_that_fail(job, monkeypatch):
 def test_an_engine_without_a_desk_costs_the_time_limit_and_is_named(job):
     with pytest.raises(TransportError, match="done/7/1"):
         Reader(JobEngine(job[3], 7, 2), job[3], 0.3).read(EMBEDDING, 0)
+
+
+def test_a_diff_that_fails_is_told_to_who_asked_and_the_next_one_is_taken(job):
+    control = job[3]
+    desk = TrainerDesk(control, {}, SECONDS)
+    asked = control.under("desk")
+    for number in (1, 2):
+        asked.count("asks/trainer", 1)
+        asked.put(f"ask/trainer/{number}", {"place": "none", "pattern": "*"})
+        desk.serve(None, 2)
+        assert "ValueError" in asked.get(f"done/trainer/{number}", SECONDS)["error"]
+    desk.serve(None, 2)  # nothing new
+    assert asked.peek("done/trainer/3") is None
