@@ -21,7 +21,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from refit.plan import Region, hf_names
+from refit.plan import Region, TensorSpec, hf_names
 from refit.service.config import ADAPTER
 from refit.service.oracle import Shares, box_digests, box_of, digests_of, shares_of
 from refit.train_side.batch import TrainBatch
@@ -68,8 +68,10 @@ class Actor:
         return os.getpid()
 
     @contextlib.contextmanager
-    def _doing(self, phase: str) -> Iterator[None]:
+    def _doing(self, phase: str, told: bool = True) -> Iterator[None]:
         """Turn any failure inside into RefitFailed(phase, who, cause), told to the control store if one is open.
+
+        `told` False: what fails is nobody else's business, as a diff that somebody has asked for.
 
         A RefitFailed passes unchanged: it already carries the root cause, which may be another's.
         """
@@ -84,7 +86,7 @@ class Actor:
             failure = Failure(
                 phase, self._who, f"{type(error).__name__}: {error} (in full: {self._log_path})"
             )
-            if self._control is not None:
+            if told and self._control is not None:
                 with contextlib.suppress(Exception):  # the store may be what failed; the cause still counts
                     failure = self._control.fail(phase, self._who, failure.message)
             raise RefitFailed(failure) from None
@@ -175,34 +177,34 @@ class TrainActor(Actor):
                 return {}
             return digests_of(exported, self._shares, self._endpoint.plan.num_train)
 
-    def weight_digests(self, boxes: Sequence[tuple[str, str, Region]]) -> list[str]:
+    def weight_digests(
+        self, boxes: Sequence[tuple[str, str, Region]], specs: Mapping[str, TensorSpec]
+    ) -> list[str]:
         """Hex digests of boxes of the full tensors as they are now; [] but from train rank 0. Collective."""
-        with self._doing("diff"):
-            specs = {spec.name: spec for spec in self._offer.describe().tensors}
-            exported = self._exported([name for name, _, _ in boxes], specs)
+        with self._doing("diff", told=False):
+            exported = self._exported([specs[name] for name, _, _ in boxes])
             if self._train_rank != 0:
                 collections.deque(exported, maxlen=0)  # the export gathers over all trainers
                 return []
             return box_digests(exported, boxes, specs)
 
-    def put_weights(self, box: tuple[str, str, Region], run_id: str) -> int:
+    def put_weights(self, spec: TensorSpec, dtype: str, region: Region, run_id: str) -> int:
         """Put a box of a full tensor into the control store, under `bytes`; how many, from rank 0. Collective."""
-        with self._doing("diff"):
+        with self._doing("diff", told=False):
             from refit.transfer.memory import as_bytes
 
-            name, dtype, region = box
-            exported = self._exported([name], {spec.name: spec for spec in self._offer.describe().tensors})
+            exported = self._exported([spec])
             if self._train_rank != 0:
                 collections.deque(exported, maxlen=0)
                 return 0
-            payload = as_bytes(box_of(list(exported), dtype, region).cpu()).numpy().tobytes()
+            payload = as_bytes(box_of(exported, dtype, region).cpu()).numpy().tobytes()
             assert self._control is not None, "a diff comes after prepare"
             self._control.under(run_id).put_bytes("bytes", payload)
             return len(payload)
 
-    def _exported(self, names: Sequence[str], specs: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-        chosen = [hf for name in dict.fromkeys(names) for hf in hf_names(name, specs[name].shape)]
-        exported: Iterator[tuple[str, Any]] = self._offer.export(chosen)
+    def _exported(self, specs: Sequence[TensorSpec]) -> Iterator[tuple[str, Any]]:
+        names = [hf for spec in dict.fromkeys(specs) for hf in hf_names(spec.name, spec.shape)]
+        exported: Iterator[tuple[str, Any]] = self._offer.export(names)
         return exported
 
     def logprobs(self, batch: TrainBatch) -> list[list[float]] | None:

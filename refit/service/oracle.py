@@ -74,16 +74,14 @@ def box_digests(
 
 
 def box_of(exported: Iterable[tuple[str, torch.Tensor]], dtype: str, region: Region) -> torch.Tensor:
-    """A box of one tensor from its full export, experts one by one."""
+    """A box of one tensor from its full export, experts one by one; the export is taken to its end."""
     parts = []
     for name, tensor in exported:
         _, expert = canonical(name)
-        wire = tensor.detach().to(getattr(torch, dtype))
-        if expert is None:
-            return wire[_slices(region)].contiguous()
-        if region.starts[0] <= expert < region.stops[0]:
-            parts.append(wire[_slices(Region(region.starts[1:], region.stops[1:]))])
-    return torch.stack(parts)
+        inner = region if expert is None else Region(region.starts[1:], region.stops[1:])
+        if expert is None or region.starts[0] <= expert < region.stops[0]:
+            parts.append(tensor.detach()[_slices(inner)].to(getattr(torch, dtype), copy=True))
+    return torch.stack(parts) if parts[0].ndim < len(region.starts) else parts[0].contiguous()
 
 
 def _part(tensor: torch.Tensor, region: Region, expert: int | None, spec: TensorSpec) -> int:

@@ -60,12 +60,13 @@ class TrainerWeights:
 
     def digests(self, boxes: Sequence[Box]) -> list[int | str]:
         asked = [(box.tensor, box.dtype, box.region) for box in boxes]
-        found = self._on_all("weight_digests", asked)
+        specs = {box.tensor: self.specs[box.tensor] for box in boxes}
+        found = self._on_all("weight_digests", asked, specs)
         return [int(value, 16) for value in found]
 
     def values(self, box: Box) -> tuple[Tensor, bool]:
         control = self._control.under(f"read-{secrets.token_hex(6)}")
-        num_bytes = self._on_all("put_weights", (box.tensor, box.dtype, box.region), control.run_id)
+        num_bytes = self._on_all("put_weights", self.specs[box.tensor], box.dtype, box.region, control.run_id)
         payload = control.take_bytes("bytes", num_bytes)
         return torch.frombuffer(payload, dtype=torch_dtype(box.dtype)).view(box.region.shape), False
 
