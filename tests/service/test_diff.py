@@ -9,10 +9,11 @@ from safetensors.torch import load_file, save_file
 
 from benchmarks import read_back
 from benchmarks.read_back import MemoryRanks, make_model, plant, write_checkpoint
-from refit.plan import PlanError, hf_name
+from refit.plan import PlanError, Region, canonical, hf_name
 from refit.service import diff as diff_module
-from refit.service.diff import diff
+from refit.service.diff import Box, diff
 from refit.service.holders import CheckpointWeights, EngineWeights
+from refit.service.oracle import box_digests, box_of
 from refit.service.reader import Reader
 from refit.transfer.rendezvous import ControlStore
 from tests.service.test_reader import DENSE, MOE
@@ -143,3 +144,20 @@ def test_the_benchmark_finds_its_bit_and_its_line_holds_what_is_quoted(capsys):
     assert read_back.PLANTED in line["found"] and "rank 1" in line["found"]
     assert line["row_bytes"] < line["row_moved_bytes"] <= 64 << 10
     assert line["cpu_s_per_gib_p50"] > 0
+
+
+@pytest.mark.parametrize("config", [DENSE, MOE], ids=["dense", "moe"])
+def test_what_trainers_export_is_digested_and_cut_like_a_checkpoint_of_it(config, tmp_path):
+    _, tensors = make_model(config, "tp=1")
+    checkpoint = CheckpointWeights.open(write_checkpoint(tensors, tmp_path))
+    exported = sorted(load_file(tmp_path / "model.safetensors").items())
+    boxes = []
+    for name, spec in checkpoint.specs.items():
+        part = Region(tuple(size // 3 for size in spec.shape), spec.shape)
+        boxes += [Box(name, dtype, part, 0) for dtype in ("bfloat16", "float32")]
+    asked = [(box.tensor, box.dtype, box.region) for box in boxes]
+    found = [int(value, 16) for value in box_digests(exported, asked, checkpoint.specs)]
+    assert found == checkpoint.digests(boxes)
+    for box in boxes:
+        mine = [(hf, tensor) for hf, tensor in exported if canonical(hf)[0] == box.tensor]
+        assert torch.equal(box_of(iter(mine), box.dtype, box.region), checkpoint.values(box)[0])
