@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -23,21 +24,15 @@ EAST, WEST = {"zone": "east"}, {"zone": "west"}
 
 
 @pytest.fixture(scope="module")
-def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayNodes]:
-    """A cluster of two nodes, with a token of its own; trainers have room in the east only, engines in the west."""
-    token = tmp_path_factory.mktemp("ray") / "token"
-    token.write_text("0123456789abcdef" * 4)
-    token.chmod(0o600)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_AUTH_MODE", "token")
-        patch.setenv("RAY_AUTH_TOKEN_PATH", str(token))
-        nodes = RayNodes(initialize_head=False, shutdown_at_exit=False)
-        try:
-            for labels in (EAST, WEST):
-                add_node(nodes, labels)
-            yield nodes
-        finally:
-            nodes.shutdown()
+def nodes() -> Iterator[RayNodes]:
+    """Two nodes of this machine: trainers have room in the east only, engines in the west."""
+    found = RayNodes(initialize_head=False, shutdown_at_exit=False)
+    try:
+        for labels in (EAST, WEST):
+            add_node(found, labels)
+        yield found
+    finally:
+        found.shutdown()
 
 
 def add_node(nodes: RayNodes, labels: dict[str, str]) -> Any:
@@ -67,6 +62,14 @@ def zones_of(actors: dict[str, Any]) -> dict[str, str]:
     """{name: label of the node that the actor really runs on}."""
     zone_of = {one["NodeID"]: one["Labels"]["zone"] for one in ray.nodes() if one["Alive"]}
     return {who: zone_of[found] for who, found in nodes_of(actors).items()}
+
+
+def await_death(node_id: str) -> None:
+    """Until Ray knows that a node is gone: before, it would put the replacement there, which would be lost too."""
+    deadline_s = time.monotonic() + CALL_S
+    while any(node["NodeID"] == node_id and node["Alive"] for node in ray.nodes()):
+        assert time.monotonic() < deadline_s, f"Ray takes node {node_id} for alive"
+        time.sleep(0.2)
 
 
 LABELS = ("++cluster.policy_labels={zone:east}", "++cluster.generation_labels={zone:west}")
@@ -124,6 +127,7 @@ def test_replicas_of_a_node_that_is_lost_come_back_on_another_one_with_the_label
         add_node(nodes, WEST)
         lost = next(node for node in nodes.worker_nodes if node.node_id == before["generator 1"])
         nodes.remove_node(lost, allow_graceful=False)
+        await_death(lost.node_id)
         gone = [k for k in range(2) if before[f"generator {k}"] == lost.node_id]
         assert 1 in gone
         for number in gone:
