@@ -72,6 +72,24 @@ def test_logprobs_equal_those_of_one_rank_within_the_noise_after_two_refits(case
     assert seen[0] != seen[1], "the second refit changed nothing"
 
 
+def test_p2p_golden_and_conventional_refits_leave_equal_bytes_on_every_stage_twice_in_a_row(case):
+    _, generator, parallel, lesson = case
+    versions = [tensors_of(folder) for folder in lesson.folders]
+    found = []
+    for number, (bulk, options) in enumerate([("p2p", {}), ("golden", {}), ("p2p", {"whitelist": ()})]):
+        start = tensors_of(lesson.start)  # memory that the trainer changes
+        with Rounds(generator, start, parallel.num_ranks, bulk=bulk, **options) as rounds:
+            hashes = []
+            for step, tensors in enumerate(versions):
+                assert rounds.refit(20 + 10 * number + step, tensors)
+                hashes.append([audit["params_sha256"] for audit in rounds.audit()])
+            sent = sum(report["bytes_sent"] for report in rounds.reports.values())
+            assert (sent == 0) == (options != {}), "the conventional refit sends nothing point to point"
+        found.append(hashes)
+    assert found[0] == found[1] == found[2] and found[0][0] != found[0][1]
+    assert all(len(hashes) > 0 for hashes in found[0][0]), "every rank was audited"
+
+
 def test_each_stage_receives_the_bytes_of_its_own_layers_and_no_others(case):
     _, generator, parallel, lesson = case
     tensors = tensors_of(lesson.start)
