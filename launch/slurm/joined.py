@@ -25,7 +25,7 @@ def main() -> int:
     arguments = parser.parse_args()
     wanted = {place["node"] for place in json.loads(arguments.nodes.read_text())}
     begun_s = time.monotonic()
-    ray.init(address=arguments.address, log_to_driver=False, logging_level=logging.ERROR)
+    connect(arguments.address, begun_s + arguments.timeout)
     while True:
         alive = {node["Labels"].get("refit-node", ""): node for node in ray.nodes() if node["Alive"]}
         missing = sorted(wanted - set(alive))
@@ -42,6 +42,24 @@ def main() -> int:
             file=sys.stderr,
         )
     return 1 if missing else 0
+
+
+def connect(address: str, deadline_s: float) -> None:
+    """Join Ray as a driver. The head's port answers before its node does, longer so on a busy machine: tried again.
+
+    Raises Ray's ConnectionError at `deadline_s` of time.monotonic().
+    """
+    while True:
+        try:
+            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+        except ConnectionError as error:
+            ray.shutdown()
+            if time.monotonic() > deadline_s:
+                raise
+            print(f"{error}; trying again", file=sys.stderr, flush=True)
+            time.sleep(POLL_S)
+        else:
+            return
 
 
 if __name__ == "__main__":
