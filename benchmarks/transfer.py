@@ -3,6 +3,7 @@
     python -m benchmarks.transfer                 # 2+2 and 4+4 processes, 1 GiB and more: minutes, 14 GiB of RAM
     python -m benchmarks.transfer --tiny          # seconds
     python -m benchmarks.transfer --without-mcore # where megatron-core is not installed
+    python -m benchmarks.transfer --only-ours     # raw and p2p, without golden and the peers
 
 Per case, in every repeat, in turn:
 
@@ -13,7 +14,9 @@ Per case, in every repeat, in turn:
 * `mcore` is Megatron-Core's resharding with its gloo service: the same model, from the trainers' layout to the Megatron
   layout that has the generators' parallel sizes. Dense cases only: `mcore_s` is null where the trainers cut experts.
 
-Seconds are those of the slowest rank, medians over the repeats (peers: PEER_REPEATS of them).
+Seconds are those of the slowest rank, medians over the repeats (peers: PEER_REPEATS of them). `*_cpu_s` are processor
+seconds of all threads of all ranks, sums over ranks of medians: with fewer cores than ranks they bound what a path can
+reach, and other work on the machine blurs them less.
 """
 
 import argparse
@@ -121,14 +124,15 @@ def main(argv: Sequence[str] | None = None) -> dict[str, object]:
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--without-mcore", action="store_true")
+    parser.add_argument("--only-ours", action="store_true")
     parser.add_argument("--cases", nargs="*", help="names of cases to run (default: all)")
     options = parser.parse_args(argv)
     cases = TINY if options.tiny else CASES
     if options.cases:
         cases = tuple(case for case in cases if case.name in options.cases)
-    peers = PEERS if options.without_mcore else (*PEERS, MCORE)
+    peers = () if options.only_ours else PEERS if options.without_mcore else (*PEERS, MCORE)
     multiprocessing.get_context("forkserver").set_forkserver_preload(
-        [*PRELOADED, *(() if options.without_mcore else PRELOADED_MCORE)]
+        [*PRELOADED, *(PRELOADED_MCORE if MCORE in peers else ())]
     )
     rows = []
     for case in cases:
@@ -186,6 +190,7 @@ def case_row(case: Case, rows: Sequence[dict[str, dict[str, list[float]]]]) -> d
     }
     median = {path: statistics.median(values) for path, values in slowest.items()}
     p2p = median["p2p"]
+    cpu = {path: sum(statistics.median(row["cpu_seconds"][path]) for row in rows) for path in OURS}
     return {
         "name": case.name,
         "train": case.train,
@@ -201,6 +206,8 @@ def case_row(case: Case, rows: Sequence[dict[str, dict[str, list[float]]]]) -> d
         "p2p_digest_over_raw": round(median["p2p_digest"] / median["raw"], 3),
         "p2p_best_over_raw_best": round(min(slowest["p2p"]) / min(slowest["raw"]), 3),
         **{f"{path}_over_p2p": round(median[path] / p2p, 2) for path in paths if path not in OURS},
+        **{f"{path}_cpu_s": round(value, 4) for path, value in cpu.items()},
+        "p2p_cpu_over_raw": round(cpu["p2p"] / cpu["raw"], 3),
         "mcore_bytes": sum(row["facts"]["mcore_bytes"] for row in rows),
         "p2p_phases_s": rows[-1]["facts"]["phases"],
         "extra_rss_bytes": max(row["facts"]["extra_rss_bytes"] for row in rows),
@@ -213,15 +220,18 @@ def rank_main(rank: int, port: int, case: Case, repeats: int, peers: Sequence[st
     control = ControlStore.join("127.0.0.1", port, case.name)
     bench = Bench(control, rank, case, MCORE in peers)
     seconds: dict[str, list[float]] = {path: [] for path in (*OURS, *peers)}
+    cpu_seconds: dict[str, list[float]] = {path: [] for path in seconds}
     warm = [
         path for path in (*OURS, MCORE) if path in seconds
     ]  # mcore plans in its first call, and keeps the plan
     for repeat in range(-1, repeats):
         for path in warm if repeat < 0 else OURS if repeat >= PEER_REPEATS else seconds:
+            cpu_before = time.process_time()
             took = bench.timed(path)
             if repeat >= 0:
                 seconds[path].append(took)
-    control.put(f"row/{rank}", {"seconds": seconds, "facts": bench.facts()})
+                cpu_seconds[path].append(time.process_time() - cpu_before)
+    control.put(f"row/{rank}", {"seconds": seconds, "cpu_seconds": cpu_seconds, "facts": bench.facts()})
     bench.barrier()
 
 

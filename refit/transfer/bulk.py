@@ -98,7 +98,7 @@ class _StageMover:
         self.job = job
         self.tally = Tally()
         stage = job.stage
-        self._params = LiveParams(job.params, stage.params, stage.reach_bytes)
+        self._params = job.workspace.live_params(stage, job.params)
         self._bases = _kernel_bases(self._params, job)
         self._sums = torch.zeros(len(stage.sums), dtype=torch.int64, device=job.device)
         self.num_slots = num_slots(stage, job.plan.options.bucket_bytes)

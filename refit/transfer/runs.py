@@ -9,8 +9,9 @@ from array import array
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from operator import lt
+from operator import is_, lt
 from typing import TYPE_CHECKING, Protocol
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -137,24 +138,41 @@ class RunsInMaking:
         return Runs(Moves.of(merged), rows, Moves.of(rest)), tuple(boxes)
 
 
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """Params that a refit before this one looked at: the tensors, held weakly, and where they began."""
+
+    tensors: tuple["ref[Tensor]", ...]
+    pointers: "array[int]"
+
+    def are(self, tensors: Sequence[Tensor], pointers: "array[int]") -> bool:
+        """True if they are the same tensors at the same addresses."""
+        same = len(self.tensors) == len(tensors) and self.pointers == pointers
+        return same and all(map(is_, [tensor() for tensor in self.tensors], tensors))
+
+
 class LiveParams:
     """The params of one stage as they are in this refit.
 
-    Raises TransportError for a param that is not what the stage was compiled for.
+    Raises TransportError for a param that is not what the stage was compiled for. Those of `seen` are not looked at
+    again where they are the same tensors at the same addresses.
     """
 
     def __init__(
-        self, params: Mapping[str, Tensor], dtypes: Mapping[str, torch.dtype], reach_bytes: Sequence[int]
+        self,
+        params: Mapping[str, Tensor],
+        dtypes: Mapping[str, torch.dtype],
+        reach_bytes: Sequence[int],
+        seen: Seen | None = None,
     ) -> None:
         self._params = params
         self._bits: dict[str, Tensor] = {}
-        tensors = [params[name] for name in dtypes]
-        # Whole lists are compared first: with 10,000 params a look at each by itself takes as long as its copy.
-        is_same = [tensor.dtype for tensor in tensors] == list(dtypes.values())
-        if not is_same or any(map(lt, [tensor.nbytes for tensor in tensors], reach_bytes)):
-            for (name, dtype), tensor, reach in zip(dtypes.items(), tensors, reach_bytes, strict=True):
-                _require(name, tensor, dtype, reach)
+        tensors = list(map(params.__getitem__, dtypes))
         pointers = array("q", map(Tensor.data_ptr, tensors))
+        if seen is None or not seen.are(tensors, pointers):
+            _require_all(tensors, dtypes, reach_bytes)
+            seen = Seen(tuple(map(ref, tensors)), pointers)
+        self.seen = seen
         self.addresses = torch.frombuffer(pointers, dtype=torch.int64) if pointers else NO_ADDRESSES
         self.is_word_aligned = not bool((self.addresses % WORD_BYTES).any())
 
@@ -166,6 +184,16 @@ class LiveParams:
         if name not in self._bits:
             self._bits[name] = as_bits(self._params[name].detach())
         return self._bits[name]
+
+
+def _require_all(
+    tensors: Sequence[Tensor], dtypes: Mapping[str, torch.dtype], reach_bytes: Sequence[int]
+) -> None:
+    """Whole lists are compared first: with 10,000 params a look at each by itself takes as long as its copy."""
+    is_same = [tensor.dtype for tensor in tensors] == list(dtypes.values())
+    if not is_same or any(map(lt, [tensor.nbytes for tensor in tensors], reach_bytes)):
+        for (name, dtype), tensor, reach in zip(dtypes.items(), tensors, reach_bytes, strict=True):
+            _require(name, tensor, dtype, reach)
 
 
 def _require(name: str, tensor: Tensor, dtype: torch.dtype, reach_bytes: int) -> None:

@@ -27,6 +27,7 @@ def test_the_tiny_benchmark_moves_the_bytes_of_the_plan_on_every_path(capsys):
     )
     assert all(case[name] > 0 for name in TIMES)
     assert case["p2p_over_raw"] == pytest.approx(case["p2p_s"] / case["raw_s"], rel=0.05)
+    assert case["p2p_cpu_over_raw"] == pytest.approx(case["p2p_cpu_s"] / case["raw_cpu_s"], rel=0.05)
     assert case["mcore_bytes"] == 0 and case["extra_rss_bytes"] >= 0
 
 

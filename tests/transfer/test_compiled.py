@@ -219,3 +219,20 @@ def test_what_a_stage_sums_up_is_what_it_was_filled_with():
     found = compile_stage(plan, stage, 0, param_dtypes(manifest), CPU)
     assert found.payload_bytes[0] == sum(p.payload_bytes for p in found.parcels) > 0
     assert {tensor for tensor, _ in found.sums} == {t.name for t in plan.tensors.values() if t.kind == "bulk"}
+
+
+def test_params_seen_before_are_not_looked_at_again_and_any_other_tensor_is():
+    param = torch.zeros(64, dtype=torch.uint8)
+    seen = LiveParams({"p": param}, {"p": torch.uint8}, [64]).seen
+    assert LiveParams({"p": param}, {"p": torch.uint8}, [64], seen).seen is seen
+    other = torch.zeros(63, dtype=torch.uint8)
+    with pytest.raises(TransportError, match="reaches 64 bytes"):
+        LiveParams({"p": other}, {"p": torch.uint8}, [64], seen)
+    param.data = torch.zeros(64, dtype=torch.int8)
+    with pytest.raises(TransportError, match="compiled for"):
+        LiveParams({"p": param}, {"p": torch.uint8}, [64], seen)
+    alias = torch.zeros(64, dtype=torch.uint8)
+    seen = LiveParams({"p": alias}, {"p": torch.uint8}, [64]).seen
+    assert LiveParams({"p": alias[:]}, {"p": torch.uint8}, [64], seen).seen is not seen, (
+        "another tensor there"
+    )
