@@ -26,7 +26,6 @@ from refit.plan import TensorSpec
 from refit.transfer.errors import TransportError
 from refit.transfer.groups import Group
 from refit.transfer.memory import as_bytes, copy_cast, dtype_name, torch_dtype
-from refit.transfer.transport import wait_for_work
 
 PROTOCOL = 1
 ALIGNMENT_BYTES = 16
@@ -295,4 +294,4 @@ def _post(group: Group, tensor: Tensor) -> Work:
 
 
 def _wait(group: Group, work: Work, words: str, deadline: float) -> None:
-    wait_for_work(f"{words} in group {group.name!r} (sender: rank {group.ranks[0]})", work, deadline)
+    group.wait_collective(f"{words} in group {group.name!r} (sender: rank {group.ranks[0]})", work, deadline)

@@ -22,7 +22,7 @@ from refit.transfer.errors import TransportError
 from refit.transfer.groups import Group
 from refit.transfer.memory import as_bits, as_bytes, copy_cast, strided_box, torch_dtype
 from refit.transfer.report import DIGEST, PACK, UNPACK, WIRE, BulkReport, Tally
-from refit.transfer.transport import Parcel, wait_for_work
+from refit.transfer.transport import Parcel
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +75,7 @@ def assemble(
     clock = time.perf_counter()
     words = f"golden broadcast of {full.numel() * full.element_size()} bytes from rank {root}"
     work = group.broadcast(as_bytes(full), root)
-    wait_for_work(words, work, deadline)
+    group.wait_collective(words, work, deadline)
     tally.clock(WIRE, clock)
 
 

@@ -20,7 +20,7 @@ from refit.transfer import ipc_link, nixl_link
 from refit.transfer.errors import TransportError
 from refit.transfer.protocol import PROCESS_GROUP, TRANSPORTS
 from refit.transfer.rendezvous import ControlStore
-from refit.transfer.transport import ProcessGroupTransport, Transport
+from refit.transfer.transport import ProcessGroupTransport, Transport, wait_for_work
 
 BACKENDS = ("gloo", "nccl")
 MISC = "misc"
@@ -50,7 +50,22 @@ class Group:
         try:
             return self.process_group.broadcast([tensor], options)
         except RuntimeError as error:
-            raise TransportError(f"cannot start a broadcast in group {self.name!r}: {error}") from error
+            own = self._own_collectives()
+            lost = "" if own is None else own.lost()
+            raise TransportError(f"cannot start a broadcast in group {self.name!r}: {error}{lost}") from error
+
+    def wait_collective(self, words: str, work: Work, deadline: float) -> None:
+        """Wait for a broadcast. Raises TransportError that begins with `words`, also if the group was aborted."""
+        own = self._own_collectives()
+        if own is None:
+            wait_for_work(words, work, deadline)
+        else:
+            own.wait_collective(words, work, deadline)
+
+    def _own_collectives(self) -> ProcessGroupTransport | None:
+        """What ends a wait in the process group; None where a caller brought its own transport."""
+        own = self.transport if self.collectives is None else self.collectives
+        return own if isinstance(own, ProcessGroupTransport) else None
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,6 +14,7 @@ from refit.transfer.errors import TransportError
 
 SEND, RECEIVE = "send", "receive"
 ABORT_TAG = 1 << 30  # never used for a parcel
+PROBE_TAG = ABORT_TAG + 1
 SHORTEST_WAIT_S = 0.001  # gloo takes 0 for "no limit"
 
 
@@ -120,6 +121,37 @@ class ProcessGroupTransport:
             wait_for_stream(torch.cuda.current_stream(), deadline)
         if self.is_aborted:  # an aborted NCCL call may return as if it had ended
             raise TransportError(f"the transport of position {self._position} was aborted")
+
+    def wait_collective(self, words: str, work: Work, deadline: float) -> None:
+        """Wait for one collective. Raises TransportError that begins with `words` and names the peers that are lost."""
+        try:
+            wait_for_work(words, work, deadline)
+        except TransportError as error:
+            raise TransportError(f"{error}{self.lost()}") from error
+        if self.is_aborted:  # an aborted NCCL call may return as if it had ended
+            raise TransportError(f"{words}: the transport of position {self._position} was aborted")
+
+    def lost(self) -> str:
+        """Words on the peers whose connection is closed, for the end of a message; none if there is no such peer.
+
+        A collective of gloo does not say which peer it lost, but a closed pair refuses a send at once. Only after a
+        failure: the byte that goes to the others is never received. Pairs that a time-out closed say nothing.
+        """
+        found = [
+            joint for joint, at in self._positions.items() if at != self._position and self._is_closed(at)
+        ]
+        if not found:
+            return ""
+        return f" (closed: {', '.join(f'the connection to rank {joint}' for joint in found)})"
+
+    def _is_closed(self, position: int) -> bool:
+        if not self._is_gloo or self.is_aborted:
+            return False
+        try:
+            self._process_group.send([torch.empty(1, dtype=torch.uint8)], position, PROBE_TAG)
+        except RuntimeError as error:
+            return "timeout" not in str(error).lower()
+        return False
 
     def abort(self) -> None:
         """gloo ignores abort() and shutdown() (torch 2.13), but a receive that times out closes all pairs of its group.
