@@ -330,8 +330,12 @@ def join_source(source: WeightSource, store: str, run_id: str, timeout_s: float 
     """Describe this trainer rank, agree on the plan, open the groups. Collective over trainers and servers."""
     host, _, port = store.rpartition(":")
     control = ControlStore.join(host, int(port), run_id, timeout_s)
-    session = Session.awaited(control, 0, timeout_s)
-    endpoint = Endpoint.prepare(session.control, source.describe(), timeout_s)
+    try:
+        session = Session.awaited(control, 0, timeout_s)
+        endpoint = Endpoint.prepare(session.control, source.describe(), timeout_s)
+    except BaseException:
+        control.close()  # no JoinedSource will
+        raise
     return JoinedSource(control, session, endpoint, source, timeout_s)
 
 

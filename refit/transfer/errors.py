@@ -1,5 +1,6 @@
 """The two errors of operation. Both are `RuntimeError`s: the input was right, the run of it was not."""
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 
@@ -28,3 +29,15 @@ class RefitFailed(RuntimeError):  # noqa: N818 - the contract between the rooms 
 
     def __reduce__(self) -> tuple[type["RefitFailed"], tuple[Failure]]:
         return (type(self), (self.failure,))
+
+
+def take_all(steps: Iterable[Callable[[], object]]) -> None:
+    """Take every step, also after one that failed; then raise the first failure."""
+    failures = []
+    for step in steps:
+        try:
+            step()
+        except RuntimeError as error:  # TransportError is one, as are torch's own
+            failures.append(error)
+    if failures:
+        raise failures[0]

@@ -7,7 +7,7 @@ process group, by `transport`; broadcasts and the golden path always use the pro
 
 import ipaddress
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import cast
@@ -17,9 +17,10 @@ from torch._C._distributed_c10d import BroadcastOptions, ProcessGroup, ProcessGr
 
 from refit.plan import ConfigError, Plan
 from refit.transfer import ipc_link, nixl_link
-from refit.transfer.errors import TransportError
+from refit.transfer.bounded import BoundedCalls
+from refit.transfer.errors import TransportError, take_all
 from refit.transfer.protocol import PROCESS_GROUP, TRANSPORTS
-from refit.transfer.rendezvous import ControlStore
+from refit.transfer.rendezvous import ANSWER_S, ControlStore
 from refit.transfer.transport import ProcessGroupTransport, Transport, wait_for_work
 
 BACKENDS = ("gloo", "nccl")
@@ -77,28 +78,16 @@ class Groups:
 
     def abort(self) -> None:
         """Free every thread of this rank that waits in any group."""
-        _all_of(transport.abort for transport in self._transports())
+        take_all(transport.abort for transport in self._transports())
 
     def close(self) -> None:
         """Give the connections back."""
-        _all_of(transport.close for transport in self._transports())
+        take_all(transport.close for transport in self._transports())
 
     def _transports(self) -> tuple[Transport, ...]:
         groups = (*self.stages.values(), *([] if self.misc is None else [self.misc]))
         ways = [way for group in groups for way in (group.transport, group.collectives)]
         return tuple(way for way in ways if way is not None)
-
-
-def _all_of(steps: Iterable[Callable[[], None]]) -> None:
-    """Take every step, also after one that failed; then raise the first failure."""
-    failures = []
-    for step in steps:
-        try:
-            step()
-        except RuntimeError as error:  # TransportError is one, as are torch's own
-            failures.append(error)
-    if failures:
-        raise failures[0]
 
 
 def open_groups(
@@ -142,13 +131,19 @@ def open_group(
         control.get(f"group/{name}/{member}", deadline - time.monotonic())
     left_s = max(1.0, deadline - time.monotonic())
     store = control.group_store(name)
+    at = ranks.index(rank)
+    calls = BoundedCalls(f"the rendezvous of group {name!r} at {control.address}:{control.port}")
     try:
-        process_group = _process_group(backend, store, ranks.index(rank), len(ranks), left_s, control.address)
+        process_group = calls.run(
+            lambda: _process_group(backend, store, at, len(ranks), left_s, control.address), left_s + ANSWER_S
+        )
     except RuntimeError as error:
         control.raise_if_failed()
         raise TransportError(
             f"rank {rank} cannot open group {name!r} of ranks {ranks} over {backend} within {left_s:.1f} s: {error}"
         ) from error
+    finally:
+        calls.close()
     collectives = ProcessGroupTransport(process_group, ranks, rank)
     match transport:
         case "process_group":

@@ -4,7 +4,7 @@ A lane is a thread, and on a CUDA device a stream of its own too. Trainers have 
 generators run the same stages in the same order per lane, and lanes share no process group: no circle of waits forms.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from threading import Lock, Thread
 
 import torch
@@ -18,9 +18,13 @@ class _Lanes:
     """What the lanes of one call share: the finished reports and the first error."""
 
     def __init__(
-        self, move: Callable[[StageJob], BulkReport], on_error: Callable[[Exception], object]
+        self,
+        move: Callable[[StageJob], BulkReport],
+        callers: "Mapping[torch.device, torch.cuda.Stream]",
+        on_error: Callable[[Exception], object],
     ) -> None:
         self._move = move
+        self._callers = callers
         self._on_error = on_error
         self._lock = Lock()
         self.reports: dict[int, list[BulkReport]] = {}
@@ -29,7 +33,7 @@ class _Lanes:
     def run(self, number: int, jobs: Sequence[StageJob]) -> None:
         try:
             for job in jobs:
-                report = _on_stream(job, self._move).placed(job.stage.stage, number)
+                report = _on_stream(job, self._move, self._callers).placed(job.stage.stage, number)
                 with self._lock:
                     self.reports.setdefault(number, []).append(report)
         except Exception as error:
@@ -50,7 +54,9 @@ def run_lanes(
 
     The first error of any lane is given to `on_error`, which must free the other lanes, and is raised when all ended.
     """
-    lanes = _Lanes(move, on_error)
+    devices = {job.device for job in jobs if job.device.type == "cuda"}
+    callers = {device: torch.cuda.current_stream(device) for device in devices}  # a thread has its own
+    lanes = _Lanes(move, callers, on_error)
     dealt = [jobs[number::num_streams] for number in range(min(num_streams, len(jobs)))]
     threads = [
         Thread(target=lanes.run, args=(number, share), name=f"refit-lane-{number}", daemon=True)
@@ -69,11 +75,16 @@ def run_lanes(
     return merged([report for reports in lanes.reports.values() for report in reports], peak)
 
 
-def _on_stream(job: StageJob, move: Callable[[StageJob], BulkReport]) -> BulkReport:
+def _on_stream(
+    job: StageJob,
+    move: Callable[[StageJob], BulkReport],
+    callers: "Mapping[torch.device, torch.cuda.Stream]",
+) -> BulkReport:
+    """Move on a stream of its own, after what the caller of `run_lanes` has queued on its stream."""
     if job.device.type != "cuda":
         return move(job)
     stream = torch.cuda.Stream(job.device)  # type: ignore[no-untyped-call]
-    stream.wait_stream(torch.cuda.current_stream(job.device))
+    stream.wait_stream(callers[job.device])
     with torch.cuda.stream(stream):
         report = move(job)
     wait_for_stream(stream, job.deadline)

@@ -15,12 +15,13 @@ import os
 import struct
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from torch import Tensor
 
 from refit.plan import ConfigError
-from refit.transfer.errors import TransportError
+from refit.transfer.errors import TransportError, take_all
 from refit.transfer.one_sided import OneSidedTransport
 from refit.transfer.rendezvous import ControlStore
 
@@ -101,12 +102,19 @@ class NixlLink:
         return read.is_done
 
     def close(self) -> None:
-        """A read that cannot be cancelled keeps its agent and its memory, so that nothing is written elsewhere."""
-        for read in [*self._running]:
-            read.end()
-        for name in self._peers.values():
-            _call(f"leave {name}", self._agent.remove_remote_agent, name)
-        self._agent = None
+        """A read that cannot be cancelled keeps its agent and its memory, so that nothing is written elsewhere.
+
+        Everything is ended, also after a step that fails; then its error is raised.
+        """
+        agent = self._agent
+        reads = [read.end for read in self._running]
+        leaves = [
+            partial(_call, f"leave {name}", agent.remove_remote_agent, name) for name in self._peers.values()
+        ]
+        try:
+            take_all([*reads, *leaves])
+        finally:
+            self._agent = agent if self._running else None
 
     def _register(self, payload: Tensor) -> Any:
         rows = [(*_row(payload), "")]

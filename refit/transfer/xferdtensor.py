@@ -181,16 +181,17 @@ def _agree(
 
 type Row = tuple[bool, str, tuple[int, ...]]
 
+ABSENT, PRESENT, REFUSED = range(3)
+
 
 def _row(tensor: Tensor | None) -> list[int]:
+    """What a rank says of a local tensor. One that cannot be moved is said to be so, so that all ranks refuse it."""
     if tensor is None:
-        return [0] * (3 + MAX_DIMS)
+        return [ABSENT] + [0] * (2 + MAX_DIMS)
     dtype = dtype_name(tensor.dtype)
     if dtype not in DTYPES or tensor.dim() > MAX_DIMS:
-        raise PlanError(
-            f"a {dtype} tensor of {tensor.dim()} dims; move a packed format as uint8, with <= {MAX_DIMS} dims"
-        )
-    return [1, DTYPES.index(dtype), tensor.dim(), *tensor.shape, *[0] * (MAX_DIMS - tensor.dim())]
+        return [REFUSED, tensor.element_size(), tensor.dim()] + [0] * MAX_DIMS
+    return [PRESENT, DTYPES.index(dtype), tensor.dim(), *tensor.shape, *[0] * (MAX_DIMS - tensor.dim())]
 
 
 def _all_rows(mine: list[list[int]], group: ProcessGroup, deadline: float) -> list[tuple[Row, Row]]:
@@ -198,12 +199,18 @@ def _all_rows(mine: list[list[int]], group: ProcessGroup, deadline: float) -> li
     everyone = [torch.empty_like(own) for _ in range(group.size())]
     work = group.allgather([everyone], [own])
     wait_for_work("exchange of local shapes", work, deadline)
-    return [(_read(rows[0]), _read(rows[1])) for rows in (tensor.tolist() for tensor in everyone)]
+    found = [tensor.tolist() for tensor in everyone]
+    return [(_read(rank, rows[0]), _read(rank, rows[1])) for rank, rows in enumerate(found)]
 
 
-def _read(row: list[int]) -> Row:
-    present, dtype, num_dims, *shape = row
-    return bool(present), DTYPES[dtype], tuple(shape[:num_dims])
+def _read(rank: int, row: list[int]) -> Row:
+    kind, dtype, num_dims, *shape = row
+    if kind == REFUSED:
+        raise PlanError(
+            f"rank {rank} gives a tensor of {num_dims} dims with items of {dtype} bytes; dtypes are "
+            f"{', '.join(DTYPES)}, with <= {MAX_DIMS} dims: move any other format as uint8"
+        )
+    return kind == PRESENT, DTYPES[dtype], tuple(shape[:num_dims])
 
 
 def _side(

@@ -339,3 +339,21 @@ def test_the_next_version_is_above_what_every_server_serves():
     old.version, newer.version = 4, 7
     assert next_version([fresh]) == 1
     assert next_version([old, newer, fresh]) == 8
+
+
+def test_joining_that_fails_gives_the_connection_to_the_store_back():
+    host = ControlStore.host(run_id="nobody")
+    name = f"the control store at {host.address}:{host.port}"
+
+    def connections():
+        return sum(thread.name == name for thread in threading.enumerate())
+
+    before = connections()
+    source = ModelSource({"norm.weight": torch.zeros(4)}, 0)
+    with pytest.raises(TransportError, match="no session"):
+        join_source(source, f"{host.address}:{host.port}", "nobody", 0.5)
+    deadline_s = time.monotonic() + 20.0
+    while connections() > before and time.monotonic() < deadline_s:
+        time.sleep(0.05)
+    assert connections() == before
+    host.close()

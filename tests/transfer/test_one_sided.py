@@ -9,6 +9,7 @@ import torch
 
 from refit.transfer import nixl_link
 from refit.transfer.errors import TransportError
+from refit.transfer.nixl_link import NixlLink
 from refit.transfer.one_sided import HEADER, OFFER, OneSidedTransport
 from refit.transfer.rendezvous import ControlStore
 from refit.transfer.transport import Parcel
@@ -214,3 +215,23 @@ def test_an_empty_parcel_arrives_without_any_memory_on_offer():
     link.incoming = [(4, HEADER.pack(2, 0, 0, 0))]
     transport.wait(ticket, time.monotonic() + 5)
     assert link.num_open_offers == 0
+
+
+class _LeavingAgent:
+    """A NIXL agent as far as `close` goes: the first peer cannot be left."""
+
+    def __init__(self) -> None:
+        self.left: list[str] = []
+
+    def remove_remote_agent(self, name: str) -> None:
+        self.left.append(name)
+        if len(self.left) == 1:
+            raise ValueError("not now")
+
+
+def test_closing_a_link_leaves_every_peer_also_after_one_that_cannot_be_left():
+    agent = _LeavingAgent()
+    link = NixlLink(agent, {1: "one", 2: "two", 3: "three"})
+    with pytest.raises(TransportError, match="leave one"):
+        link.close()
+    assert agent.left == ["one", "two", "three"]

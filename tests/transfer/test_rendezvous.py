@@ -8,6 +8,7 @@ import time
 import pytest
 
 from refit.transfer.errors import RefitFailed, TransportError
+from refit.transfer.groups import open_group
 from refit.transfer.rendezvous import PIECE_BYTES, ControlStore
 from refit.transfer.watch import Watch, silent_ranks
 from tests.processes import Processes, run_processes
@@ -115,6 +116,22 @@ def test_a_dead_or_stopped_host_is_an_error_and_not_a_hang(number, words):
         assert time.monotonic() - began < 8
 
 
+@pytest.mark.processes
+def test_opening_a_group_ends_also_when_the_host_of_the_store_stands_still():
+    from tests.processes import CONTEXT
+
+    reader, writer = CONTEXT.Pipe(duplex=False)
+    with Processes(hosting_rank, 1, (writer,)) as processes:
+        store = ControlStore.join("127.0.0.1", reader.recv(), "run")
+        stop = threading.Timer(0.5, processes.signal, (0, signal.SIGSTOP))
+        stop.start()
+        began = time.monotonic()
+        with pytest.raises(TransportError, match="stopped"):
+            open_group(store, "pair", (0, 1), 0, "gloo", began + 2.0)
+        assert time.monotonic() - began < 30
+        stop.join()
+
+
 def test_a_watch_hears_of_a_failure_and_silence_is_seen(host):
     heard = threading.Event()
     watch = Watch.start(host, 0, heard.set)
@@ -134,12 +151,16 @@ def greeting(rank: int) -> str:
     return f"hello from {rank}"
 
 
+def sleeping(rank: int) -> None:
+    time.sleep(60)
+
+
 @pytest.mark.processes
 def test_the_process_runner_shows_tracebacks_and_leaves_nobody():
     assert run_processes(greeting, 1) == ("hello from 0",)
     with pytest.raises(AssertionError, match="process 1 does not greet"):
         run_processes(greeting, 2)
-    with Processes(time.sleep, 1) as processes, pytest.raises(TimeoutError, match=r"\[0\] of 1 still run"):
+    with Processes(sleeping, 1) as processes, pytest.raises(TimeoutError, match=r"\[0\] of 1 still run"):
         os.kill(processes.pid(0), signal.SIGSTOP)
         processes.outcomes(0.5)
     with pytest.raises(ProcessLookupError):

@@ -150,6 +150,12 @@ def wrong_rank(rank: int, port: int) -> list[str]:
         (part if rank else None, part, Shard(0), Shard(0)),  # a missing local tensor
         (part, full.to(torch.int32), Shard(0), Replicate()),  # dtypes that no cast connects
         (part, torch.zeros(3, 4), Shard(0), Replicate()),  # two different shapes
+        (
+            part.to(torch.complex64) if rank else part,
+            full,
+            Shard(0),
+            Replicate(),
+        ),  # a dtype that nobody moves
     ):
         try:
             xferdtensor(src, mesh, [src_placement], dst, mesh, [dst_placement], group, timeout_s=20.0)
@@ -166,6 +172,7 @@ def test_wrong_local_tensors_raise_the_same_error_on_every_rank():
     assert (
         "torch.chunk" in first[0] and "mesh" in first[1] and "int32" in first[2] and "must agree" in first[3]
     )
+    assert "rank 1" in first[4] and "items of 8 bytes" in first[4]
 
 
 def cast_and_stride_rank(rank: int, port: int) -> None:
