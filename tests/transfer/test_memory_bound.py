@@ -57,6 +57,7 @@ def memory_bytes(field: str) -> int:
 
 def measuring_rank(rank: int, port: int, case: Case, num_refits: int) -> tuple[int, int, list[int]]:
     """Peak RSS above the start in the first refit, reported peak, and RSS after each refit."""
+    torch.set_num_threads(1)  # on a busy machine thread pools that wait for each other cost minutes
     control = ControlStore.join("127.0.0.1", port, "memory")
     manifest = case.manifest(rank)
     endpoint = Endpoint.prepare(control, manifest, 60.0)
