@@ -303,9 +303,7 @@ class RefitWeightTransferEngine(WeightTransferEngine[RefitInitInfo, RefitUpdateI
             manifest = self._manifest(gen_rank, get_pp_group().rank_in_group, info.replica)
             endpoint = Endpoint.prepare(control, manifest, info.timeout_s, self.device)
         except Exception as error:
-            failure = _tell(control, "prepare", f"gen {gen_rank}", error)
-            control.close()  # no session will
-            raise failure from error
+            raise _tell(control, "prepare", f"gen {gen_rank}", error) from error
         self._session = Session(control, endpoint, gen_rank)
 
     # What is refitted is said in the five methods that follow; `refit.gen_side.lora` refits adapters with others.
