@@ -71,7 +71,7 @@ class Campaign:
         self.await_everybody()
         self.sampler.take_failures()  # of those who were replaced
         mark = self._run_dir / f"struck-{len(self.outcomes) + 1}"
-        before = self.version
+        before = self._committed[-1]  # a version that was tried and given up never served
         with self._struck_by(fault, mark):
             if fault.phase == "prepare":
                 self._coordinator.reopen()

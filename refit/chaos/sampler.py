@@ -23,7 +23,8 @@ class Sampler:
         self._newest: dict[int, int] = {}
         self._stop = threading.Event()
         self._coordinator: Coordinator | None = None
-        self._lock = threading.Lock()  # the campaign looks too
+        self._looking = threading.Lock()  # of two looks at once the older could be judged last
+        self._lock = threading.Lock()
         self._thread = threading.Thread(target=self._run, name="chaos-sampler", daemon=True)
         self._thread.start()
 
@@ -32,12 +33,14 @@ class Sampler:
 
     def look(self, coordinator: Coordinator, timeout_s: float) -> Answers:
         """One sample of every replica that serves; judged here, returned for those who care who died."""
-        calls = {who: actor.sample.remote() for who, actor in coordinator.serving().items()}
-        answers = gather(calls, "generate", timeout_s, settle_s=timeout_s)
-        with self._lock:
+        with self._looking:
+            calls = {who: actor.sample.remote() for who, actor in coordinator.serving().items()}
+            answers = gather(calls, "generate", timeout_s, settle_s=timeout_s)
             for who, (version, digest, pid) in answers.results.items():
                 self._judge(who, version, digest, pid)
-            self._failures += [(who, failure.message) for who, (_, failure) in answers.failures.items()]
+            failures = [(who, failure.message) for who, (_, failure) in answers.failures.items()]
+        with self._lock:
+            self._failures += failures
         return answers
 
     def take_failures(self) -> tuple[tuple[str, str], ...]:
