@@ -135,12 +135,13 @@ class Generator:
         num_samples: int,
         max_tokens: int,
         temperature: float,
-        seed: int,
+        seed: int | None,
     ) -> list[Sample]:
         """`num_samples` answers to each prompt, in prompt order. Equal seeds give equal answers.
 
         A prompt is token ids or, with the option `prompt_embeds`, their embeddings [tokens, hidden]. May run in a
-        thread of its own beside a refit.
+        thread of its own beside a refit; without a seed then, if a commit may take the cache from an answer: vLLM
+        winds the generator of a request back, which torch's CPU generators cannot do.
         """
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
@@ -151,7 +152,7 @@ class Generator:
                 n=num_samples,
                 max_tokens=max_tokens,
                 temperature=temperature,
-                seed=None if temperature == 0 else seed + 1_000_003 * index,
+                seed=None if temperature == 0 or seed is None else seed + 1_000_003 * index,
                 logprobs=0,
                 detokenize=False,
                 output_kind=RequestOutputKind.DELTA,

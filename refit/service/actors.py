@@ -319,7 +319,7 @@ class GenActor(Actor):
         num_samples: int,
         max_tokens: int,
         temperature: float,
-        seed: int,
+        seed: int | None,
     ) -> tuple[RolloutRow, ...]:
         """`num_samples` answers to each prompt, in prompt order."""
         with self._doing("generate"):

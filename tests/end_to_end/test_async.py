@@ -62,17 +62,15 @@ def job(tmp_path_factory: pytest.TempPathFactory):
 
 
 def test_a_token_is_as_likely_as_the_version_on_its_stamp_makes_it_and_not_the_other(job: Job) -> None:
+    """Trainer and engine differ in bf16; by how much, answers that met no refit say, of each of the two versions."""
     with job.path("p2p") as coordinator:
         rows, old_version = answers_amid_a_refit(job, coordinator)
-    batch = TrainBatch(
-        tuple(PROMPTS[row[0]] for row in rows),
-        tuple(row[1] for row in rows),
-        tuple(row[2] for row in rows),
-        (0.0,) * len(rows),
-    )
-    new = job.logprobs(batch)
-    job.scale_weights(0.5)  # back to the old version, bit for bit
-    by_version = {old_version: job.logprobs(batch), old_version + 1: new}
+        noise = [gap_of_undisturbed_answers(job)]
+        new = job.logprobs(batch_of(rows))
+        job.scale_weights(0.5)  # back to the old version, bit for bit
+        assert job.refit(coordinator).committed
+        noise.append(gap_of_undisturbed_answers(job))
+    by_version = {old_version: job.logprobs(batch_of(rows)), old_version + 1: new}
     right, wrong = [], []
     for number, (_, tokens, sampled, spans) in enumerate(rows):
         stamps = [version for version, count in spans for _ in range(count)]
@@ -81,9 +79,34 @@ def test_a_token_is_as_likely_as_the_version_on_its_stamp_makes_it_and_not_the_o
             other = 2 * old_version + 1 - version
             right.append(abs(sampled[place] - by_version[version][number][place]))
             wrong.append(abs(sampled[place] - by_version[other][number][place]))
-    print({"tokens": len(right), "gap": statistics.fmean(right), "to other": statistics.fmean(wrong)})
-    assert statistics.fmean(right) < 0.05 * statistics.fmean(wrong)
-    assert max(right) < max(wrong) / 2
+    gap, other_gap = statistics.fmean(right), statistics.fmean(wrong)
+    print(
+        {"tokens": len(right), "gap": gap, "of undisturbed answers": noise, "to the other version": other_gap}
+    )
+    assert gap < 2 * max(noise)
+    assert other_gap > 5 * max(noise)
+
+
+def gap_of_undisturbed_answers(job: Job) -> float:
+    """Mean difference, in nats, of the log-probabilities that engine and trainers give to the same sampled tokens."""
+    actor = job.cluster.generators[0]
+    call = actor.generate.remote(PROMPTS, 1, NUM_TOKENS, 1.0, None)
+    rows = collect({"generator 0": call}, "generate", CALL_S)["generator 0"]
+    trained = job.logprobs(batch_of(rows))
+    return statistics.fmean(
+        abs(sampled - trained[number][place])
+        for number, row in enumerate(rows)
+        for place, sampled in enumerate(row[2])
+    )
+
+
+def batch_of(rows: list[Any]) -> TrainBatch:
+    return TrainBatch(
+        tuple(PROMPTS[row[0]] for row in rows),
+        tuple(row[1] for row in rows),
+        tuple(row[2] for row in rows),
+        (0.0,) * len(rows),
+    )
 
 
 def answers_amid_a_refit(job: Job, coordinator: Coordinator) -> tuple[list[Any], int]:
@@ -92,7 +115,7 @@ def answers_amid_a_refit(job: Job, coordinator: Coordinator) -> tuple[list[Any],
     actor = job.cluster.generators[0]
     for _ in range(TRIES):
         job.scale_weights(2.0)
-        actor.submit.remote(job.version, PROMPTS, 1, NUM_TOKENS, 1.0, job.version)
+        actor.submit.remote(job.version, PROMPTS, 1, NUM_TOKENS, 1.0, None)
         time.sleep(AMID_S)
         assert job.refit(coordinator).committed
         taken = collect({"generator 0": actor.take.remote(job.version - 1)}, "take", CALL_S)

@@ -123,7 +123,10 @@ class Sampler:
         step: int,
         tries: int,
     ) -> tuple[Any, ...]:
-        """The arguments of `generate` for one replica's share."""
+        """The arguments of `generate` for one replica's share.
+
+        Without a seed where answers meet refits: when one does is a matter of time, so no run repeats another.
+        """
         generation = self.config.generation
         seed = (self.config.policy.seed * SEED_STRIDE + step * MAX_TRIES + tries) * MAX_REPLICAS
         return (
@@ -131,7 +134,7 @@ class Sampler:
             self.config.grpo.samples_per_prompt,
             generation.max_new_tokens,
             generation.temperature,
-            seed + list(shares).index(who),
+            None if self.config.grpo.max_staleness else seed + list(shares).index(who),
         )
 
     def _rows(self, calls: Mapping[str, Any], shares: Mapping[str, Sequence[int]]) -> list[RolloutRow]:
