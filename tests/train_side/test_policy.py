@@ -123,7 +123,7 @@ def test_a_step_moves_the_policy_towards_the_advantages_and_away_from_the_refere
         "tiny-qwen3",
         "tiny-qwen3-moe",
         pytest.param("tiny-deepseek-v3", marks=pytest.mark.slow),
-        "tiny-nemotron-h",
+        pytest.param("tiny-nemotron-h", marks=pytest.mark.slow),
     ],
 )
 def test_logprobs_in_bf16_are_those_of_transformers_on_the_saved_weights(
