@@ -177,13 +177,13 @@ class Generator:
         return EngineDescription.of([WorkerFacts(*facts) for facts in found])
 
     def prepare_refit(self, init_info: dict[str, Any]) -> None:
-        """Let every worker describe itself and join the plan. `init_info` as in engine.RefitInitInfo."""
+        """Let every worker describe itself and join the plan. `init_info` as in calls.RefitInitInfo."""
         self._timeout_s = float(init_info["timeout_s"])
         host, _, port = str(init_info["store"]).rpartition(":")
         if self._control is not None:
             self._control.close()
         self._control = ControlStore.join(host, int(port), init_info["run_id"], self._timeout_s)
-        from refit.gen_side.engine import RefitInitInfo
+        from refit.gen_side.calls import RefitInitInfo
 
         RefitInitInfo(**init_info)
         with self._bounded("prepare", self._timeout_s), self._requests.between_steps():

@@ -1,0 +1,80 @@
+"""What the calls of a refit carry into a vLLM worker, and a step of one that runs beside the model's own."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from vllm.distributed.weight_transfer.base import WeightTransferInitInfo, WeightTransferUpdateInfo
+
+from refit.plan import ConfigError
+
+
+@dataclass
+class RefitInitInfo(WeightTransferInitInfo):
+    """`action` "prepare" needs every field but `audit` and `read`; "audit" needs only `audit`.
+
+    "read" answers ask number `read` of the reader that has `run_id` in the control store at `store`.
+    """
+
+    action: str
+    store: str = ""
+    run_id: str = ""
+    first_gen_rank: int = 0
+    replica: int = 0
+    timeout_s: float = 0.0
+    audit: str = ""
+    read: str = ""
+
+    def __post_init__(self) -> None:
+        match self.action:
+            case "prepare" | "read":
+                host, _, port = self.store.rpartition(":")
+                if not host or not port.isdigit() or not self.run_id or self.timeout_s <= 0:
+                    raise ConfigError(
+                        f"{self.action} needs store 'host:port', run_id and timeout_s > 0; got store {self.store!r},"
+                        f" run_id {self.run_id!r}, timeout_s {self.timeout_s}"
+                    )
+            case "audit":
+                if not self.audit:
+                    raise ConfigError("audit needs an audit id; got an empty one")
+            case _:
+                raise ConfigError(f"action {self.action!r} is not known; use 'prepare', 'audit' or 'read'")
+
+
+@dataclass
+class RefitUpdateInfo(WeightTransferUpdateInfo):
+    """Which version is on its way, and under which attempt its messages stand.
+
+    `background`: all but misc is done in a thread, so that the worker can go on serving; ask `receiving`, then
+    `load_rest`, then `receiving` again. Without misc in the plan none of this need be asked: the finish waits for it.
+    """
+
+    version: int
+    attempt: int
+    background: bool = False
+
+
+class Background[T](threading.Thread):
+    """A step of a refit beside the model's own. `result` waits for it and raises what it raised."""
+
+    def __init__(self, step: Callable[[], T]) -> None:
+        super().__init__(name="refit-background", daemon=True)
+        self._step = step
+        self._error: Exception | None = None
+        self._value: T | None = None
+        self.start()
+
+    def run(self) -> None:
+        try:
+            self._value = self._step()
+        except Exception as error:
+            self._error = error
+
+    def result(self) -> T:
+        self.join()
+        if self._error is not None:
+            raise self._error
+        assert self._value is not None, "a step that raised nothing has a value"
+        return self._value
