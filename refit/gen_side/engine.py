@@ -29,7 +29,7 @@ from refit.gen_side.staging import CommitReport, Staging
 from refit.gen_side.trace import LoaderTrace, trace_loader
 from refit.plan import ParamSpec, RankManifest
 from refit.transfer.endpoint import Endpoint
-from refit.transfer.errors import RefitFailed
+from refit.transfer.errors import RefitFailed, take_all
 from refit.transfer.protocol import FinishReport, audit_keys, finished_key
 from refit.transfer.reading import Holder, Reads
 from refit.transfer.rendezvous import ControlStore
@@ -134,10 +134,9 @@ class RefitWeightTransferEngine(WeightTransferEngine[RefitInitInfo, RefitUpdateI
         """Close groups and store; safe at any time."""
         self._drop_staging()
         self._reads.close()
-        if self._session is not None:
-            self._session.endpoint.close()
-            self._session.control.close()
-            self._session = None
+        session, self._session = self._session, None
+        if session is not None:
+            take_all((session.endpoint.close, session.control.close))
 
     def status(self) -> dict[str, Any]:
         """{"state", "version", "phase", "reason"} of this worker.
@@ -230,7 +229,9 @@ class RefitWeightTransferEngine(WeightTransferEngine[RefitInitInfo, RefitUpdateI
             manifest = self._manifest(gen_rank, get_pp_group().rank_in_group, info.replica)
             endpoint = Endpoint.prepare(control, manifest, info.timeout_s, self.device)
         except Exception as error:
-            raise _tell(control, "prepare", f"gen {gen_rank}", error) from error
+            told = _tell(control, "prepare", f"gen {gen_rank}", error)
+            control.close()
+            raise told from error
         self._session = Session(control, endpoint, gen_rank)
 
     # What is refitted is said in the five methods that follow; `refit.gen_side.lora` refits adapters with others.

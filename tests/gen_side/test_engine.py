@@ -1,9 +1,14 @@
 """A real vLLM engine refitted through its plug-in, against a fresh engine loaded from the changed checkpoint."""
 
+import threading
+import time
+
 import pytest
 
 from refit.gen_side.generator import Generator, GenOptions, GenParallel
 from refit.train_side.tiny_models import make_tiny_model
+from refit.transfer.errors import RefitFailed
+from refit.transfer.rendezvous import ControlStore
 from tests.gen_side.checkpoints import shifted, tensors_of
 from tests.gen_side.rounds import Rounds
 
@@ -85,6 +90,28 @@ def test_a_refused_refit_leaves_the_old_version_serving(case):
     with Rounds(generator, tensors_of(start), 1) as rounds:
         assert rounds.refit(43, tensors_of(changed))
         assert greedy(generator) == goal
+
+
+def test_a_prepare_that_fails_leaves_no_connection_of_the_worker_to_the_control_store(case):
+    generator, start, changed, goal = case
+    host = ControlStore.host(run_id="failed")
+    host.fail("prepare", "train 0", "no such model")
+    info = {"action": "prepare", "store": f"127.0.0.1:{host.port}", "run_id": "failed", "timeout_s": 20.0}
+    with pytest.raises(RefitFailed, match="no such model"):
+        generator.prepare_refit({**info, "first_gen_rank": 0, "replica": 0})
+    deadline_s = time.monotonic() + 30.0
+    while connections_to(host.port) > 2:  # the host's own, and the driver's, which the next prepare closes
+        assert time.monotonic() < deadline_s, f"{connections_to(host.port)} connections are open"
+        time.sleep(0.05)
+    host.close()
+    with Rounds(generator, tensors_of(start), 1) as rounds:
+        assert rounds.refit(45, tensors_of(changed))
+        assert greedy(generator) == goal
+
+
+def connections_to(port):
+    """Clients of a control store in this process, where the engine's one worker lives too: each has a thread."""
+    return sum(thread.name == f"the control store at 127.0.0.1:{port}" for thread in threading.enumerate())
 
 
 FLIPS = {
