@@ -81,7 +81,8 @@ class JobMetrics:
 
     def add_step(self, step: StepRecord) -> None:
         """Show where the training stands."""
-        self._step.set(step.step)
+        if step.train is not None:  # the closing rollout judges the last refit and trains nothing
+            self._step.set(step.step)
         self._reward.set(step.reward)
         self._kl.set(step.gen_kl)
 

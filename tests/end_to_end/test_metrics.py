@@ -10,6 +10,7 @@ import urllib.request
 import pytest
 
 from refit.service.metrics import SECONDS_BOUNDS, JobMetrics, metrics_address
+from refit.service.record import StepRecord, TrainRecord
 from tests.end_to_end.jobs import Job, JobPool
 
 PATIENCE_S = 40.0  # Ray hands metrics over every 10 s
@@ -26,8 +27,11 @@ def test_the_metrics_endpoint_shows_the_last_refit(job: Job) -> None:
     metrics = JobMetrics()
     with job.path("p2p") as coordinator:
         record = job.refit(coordinator)
+    for step in (record_of_step(3, trained=True), record_of_step(4, trained=False)):
+        metrics.add_step(step)
     metrics.add_refit(record)
     found = wait_for("ray_refit_version")
+    assert found["ray_grpo_step", ""] == 3  # the rollout that closes a run is no step
     assert found["ray_refit_version", ""] == record.version
     assert found["ray_refit_attempts_total", 'outcome="committed"'] == 1
     assert found["ray_refit_bytes_total", 'class="bulk"'] == record.bulk_bytes > 0
@@ -40,6 +44,16 @@ def test_the_metrics_endpoint_shows_the_last_refit(job: Job) -> None:
     assert found["ray_refit_rank_bytes", 'direction="sent",rank="train 0"'] == record.ranks[0].bytes_sent
     assert found["ray_refit_bound_ratio", ""] == pytest.approx(record.bound_ratio)
     assert found["ray_refit_extra_memory_bytes", 'kind="staging"'] == record.staged_bytes > 0
+
+
+def record_of_step(step: int, trained: bool) -> StepRecord:
+    numbers = dict.fromkeys(
+        ("reward", "reward_stdev", "solved_share", "gen_kl", "gen_kl_token_max", "gen_logprob_gap_mean"), 0.0
+    )
+    train = TrainRecord(0.0, 0.0, 0.0, 0.0, 0.0) if trained else None
+    return StepRecord(
+        step=step, weight_version=step - 1, response_tokens=0, gen_logprob_gap_max=0.0, train=train, **numbers
+    )
 
 
 def bucket_of(seconds: float) -> tuple[float, float]:
