@@ -2,9 +2,13 @@
 
 The sender opens with one fixed message: protocol number and chunk bytes. Chunk bytes come from the agreed options; a
 receiver with another number stops there, because different cuts would hang. Then, per chunk, a frame of fixed size
-(bytes of the chunk, bytes of its index; zeros end the broadcast) and the chunk itself:
+(bytes of the chunk, bytes and CRC of its index, CRC of these and the frame's number; no bytes end the broadcast) and
+the chunk itself:
 
     payload (pieces of tensors, 16-byte aligned) | index as JSON
+
+A damaged size would end or hang a process group and a damaged index could name another tensor, so frame and index are
+checked before they are used. The payload is left to the digest of each tensor, which the coordinator compares.
 
 The index names each piece: tensor, dtype, shape, first byte in the tensor, bytes, place in the chunk. Both ends have
 two buffers: the sender packs the next chunk while one is on the wire, the receiver unpacks one while the next arrives.
@@ -13,7 +17,10 @@ Extra memory: two chunks and, on receivers, the open tensor.
 A receiver checks names, shapes and dtypes against what it expects and refuses duplicates and leftovers by name.
 """
 
+import itertools
 import json
+import struct
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from math import prod
@@ -27,7 +34,8 @@ from refit.transfer.errors import TransportError
 from refit.transfer.groups import Group
 from refit.transfer.memory import as_bytes, copy_cast, dtype_name, torch_dtype
 
-PROTOCOL = 1
+PROTOCOL = 2
+OPENING_WORDS, FRAME_WORDS = 2, 4
 ALIGNMENT_BYTES = 16
 INDEX_BYTES = 64 << 10  # room for a chunk's index; a chunk is closed when it is full
 LONGEST_ROW_BYTES = 4 << 10
@@ -179,12 +187,12 @@ class _Chunk:
         self.rows.append(row)
         self.row_bytes += len(row) + 1
 
-    def message(self) -> tuple[Tensor, int]:
-        """The bytes to send, and how many of them are index."""
+    def message(self) -> tuple[Tensor, bytes]:
+        """The bytes to send, and those of them that are index."""
         index = f"[{','.join(self.rows)}]".encode()
         end = self.used + len(index)
         self.buffer[self.used : end].copy_(torch.frombuffer(bytearray(index), dtype=torch.uint8))
-        return self.buffer[:end], len(index)
+        return self.buffer[:end], index
 
 
 class _Sender:
@@ -202,6 +210,7 @@ class _Sender:
             for _ in range(2)
         ]
         self._sent_bytes = 0
+        self._num_frames = 0
         self._post_numbers(PROTOCOL, chunk_bytes)
 
     def add(self, spec: TensorSpec, payload: Tensor) -> None:
@@ -222,15 +231,15 @@ class _Sender:
         """Send what is left and the end mark. Returns bytes of payload."""
         if self._chunks[0].rows:
             self._send()
-        self._post_numbers(0, 0)
+        self._post_frame(0, b"")
         self._settle(self._chunks[1])
         return self._sent_bytes
 
     def _send(self) -> None:
         full, other = self._chunks
-        message, index_bytes = full.message()
+        message, index = full.message()
         self._settle(other)
-        self._post_numbers(message.numel(), index_bytes)
+        self._post_frame(message.numel(), index)
         full.work = _post(self._group, message)
         self._chunks = [other, full]
 
@@ -240,8 +249,13 @@ class _Sender:
             _wait(self._group, chunk.work, f"send of a misc chunk of {chunk.used} bytes", self._deadline)
         chunk.used, chunk.rows, chunk.row_bytes, chunk.work = 0, [], 0, None
 
-    def _post_numbers(self, first: int, second: int) -> None:
-        frame = torch.tensor([first, second], dtype=torch.int64, device=self._device)
+    def _post_frame(self, num_bytes: int, index: bytes) -> None:
+        numbers = num_bytes, len(index), zlib.crc32(index)
+        self._post_numbers(*numbers, _frame_check(self._num_frames, *numbers))
+        self._num_frames += 1
+
+    def _post_numbers(self, *numbers: int) -> None:
+        frame = torch.tensor(numbers, dtype=torch.int64, device=self._device)
         _wait(self._group, _post(self._group, frame), "send of a misc frame", self._deadline)
 
 
@@ -249,7 +263,7 @@ def _chunks(
     group: Group, chunk_bytes: int, deadline: float, device: torch.device
 ) -> Iterator[tuple[Tensor, tuple[Piece, ...]]]:
     """Chunks as they come in; while the caller works on one, the next arrives in the other buffer."""
-    protocol, agreed_bytes = _receive_numbers(group, deadline, device)
+    protocol, agreed_bytes = _receive_numbers(group, OPENING_WORDS, deadline, device)
     if (protocol, agreed_bytes) != (PROTOCOL, chunk_bytes):
         raise TransportError(
             f"rank {group.ranks[0]} broadcasts by protocol {protocol} in chunks of {agreed_bytes} bytes, this rank "
@@ -257,8 +271,10 @@ def _chunks(
         )
     buffers = [torch.empty(chunk_bytes + INDEX_BYTES, dtype=torch.uint8, device=device) for _ in range(2)]
     arrived: tuple[Tensor, tuple[Piece, ...]] | None = None
-    while (numbers := _receive_numbers(group, deadline, device))[0]:
-        num_bytes, index_bytes = numbers
+    for number in itertools.count():
+        num_bytes, index_bytes, index_check = _receive_frame(group, number, deadline, device)
+        if not num_bytes:
+            break
         if not 0 < index_bytes <= num_bytes <= buffers[0].numel():
             raise TransportError(
                 f"rank {group.ranks[0]} announces a misc chunk of {num_bytes} bytes with an index of {index_bytes}; "
@@ -269,24 +285,47 @@ def _chunks(
         if arrived is not None:
             yield arrived
         _wait(group, work, f"receive of a misc chunk of {num_bytes} bytes", deadline)
-        arrived = message, _pieces(message[num_bytes - index_bytes :])
+        arrived = message, _pieces(message[num_bytes - index_bytes :], index_check, number, group)
         buffers.reverse()
     if arrived is not None:
         yield arrived
 
 
-def _pieces(index: Tensor) -> tuple[Piece, ...]:
-    rows = json.loads(bytes(index.cpu().tolist()))
+def _pieces(index: Tensor, check: int, number: int, group: Group) -> tuple[Piece, ...]:
+    text = index.cpu().numpy().tobytes()
+    if zlib.crc32(text) != check:
+        raise TransportError(
+            f"the index of misc chunk {number} from rank {group.ranks[0]} has CRC {zlib.crc32(text):08x}, its frame "
+            f"says {check:08x}: bytes changed on the way; refit again, and look at that link if it comes often"
+        )
     return tuple(
-        Piece(name, dtype, tuple(shape), first, num, start) for name, dtype, shape, first, num, start in rows
+        Piece(name, dtype, tuple(shape), first, num, start)
+        for name, dtype, shape, first, num, start in json.loads(text)
     )
 
 
-def _receive_numbers(group: Group, deadline: float, device: torch.device) -> tuple[int, int]:
-    frame = torch.zeros(2, dtype=torch.int64, device=device)
+def _receive_frame(group: Group, number: int, deadline: float, device: torch.device) -> tuple[int, int, int]:
+    """Bytes of the chunk and of its index, and the CRC of the index, once the frame is known to be whole."""
+    *numbers, check = _receive_numbers(group, FRAME_WORDS, deadline, device)
+    found = _frame_check(number, *numbers)
+    if found != check:
+        raise TransportError(
+            f"frame {number} of the misc broadcast from rank {group.ranks[0]} is damaged: {numbers} has CRC "
+            f"{found:08x}, it says {check:08x}: bytes changed on the way; refit again, and look at that link if "
+            "it comes often"
+        )
+    num_bytes, index_bytes, index_check = numbers
+    return num_bytes, index_bytes, index_check
+
+
+def _frame_check(number: int, *numbers: int) -> int:
+    return zlib.crc32(struct.pack(f"<{1 + len(numbers)}q", number, *numbers))
+
+
+def _receive_numbers(group: Group, count: int, deadline: float, device: torch.device) -> list[int]:
+    frame = torch.zeros(count, dtype=torch.int64, device=device)
     _wait(group, _post(group, frame), "receive of a misc frame", deadline)
-    first, second = frame.tolist()
-    return first, second
+    return [int(number) for number in frame.tolist()]
 
 
 def _post(group: Group, tensor: Tensor) -> Work:

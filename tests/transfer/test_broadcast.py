@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from refit.plan import TensorSpec
-from refit.transfer.broadcast import receive_packed, send_packed
+from refit.transfer.broadcast import FRAME_WORDS, OPENING_WORDS, receive_packed, send_packed
 from refit.transfer.errors import TransportError
 from refit.transfer.groups import Group, open_group
 from refit.transfer.memory import as_bits, torch_dtype
@@ -84,7 +84,7 @@ def exporting_rank(rank: int, port: int) -> list[str]:
                 send_packed(tensors, group, PLANNED, 4096, time.monotonic() + 20, CPU)
             errors.append(str(caught.value))
         else:
-            frame = torch.zeros(2, dtype=torch.int64)
+            frame = torch.zeros(OPENING_WORDS, dtype=torch.int64)
             group.process_group.broadcast([frame]).wait()
     return errors
 
@@ -122,7 +122,7 @@ def receiving_rank(rank: int, port: int) -> list[str]:
 def _drain(group: Group, nothing_read: bool) -> None:
     """Take what the sender still has on the wire, so that the next case starts clean."""
     if nothing_read:
-        frame = torch.zeros(2, dtype=torch.int64)
+        frame = torch.zeros(FRAME_WORDS, dtype=torch.int64)
         group.process_group.broadcast([frame]).wait()
         group.process_group.broadcast([torch.empty(int(frame[0]), dtype=torch.uint8)]).wait()
         group.process_group.broadcast([frame]).wait()
