@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from refit.gen_side.live import engine_arguments
 from refit.gen_side.plugin import ADAPTER_BACKEND, BACKEND
+from refit.plan.errors import ConfigError
 
 if TYPE_CHECKING:
     from refit.gen_side.generator import GenOptions, GenParallel
@@ -55,3 +58,14 @@ def _lora_arguments(lora: Mapping[str, Any]) -> dict[str, Any]:
         "max_lora_rank": room,
         "additional_config": {OPTIONS_KEY: dict(lora)},
     }
+
+
+def stop_tokens_of(model_dir: Path) -> tuple[int, ...]:
+    """The end tokens of the checkpoint: without a tokenizer vLLM does not look them up."""
+    config = model_dir / "config.json"
+    if not config.is_file():
+        raise ConfigError(f"{model_dir} holds no config.json: give the folder of an HF checkpoint")
+    end = json.loads(config.read_text()).get("eos_token_id")  # absent means that the model names no end token
+    if end is None:
+        return ()
+    return tuple(end) if isinstance(end, list) else (int(end),)

@@ -15,6 +15,7 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ from refit.gen_side.staging import CommitReport, Staging
 from refit.gen_side.trace import LoaderTrace, trace_loader
 from refit.plan import ParamSpec, RankManifest
 from refit.transfer.endpoint import Endpoint
-from refit.transfer.errors import RefitFailed, take_all
+from refit.transfer.errors import RefitFailed, TransportError, take_all
 from refit.transfer.protocol import FinishReport, audit_keys, finished_key
 from refit.transfer.reading import Holder, Reads
 from refit.transfer.rendezvous import ControlStore
@@ -73,6 +74,8 @@ class RefitWeightTransferEngine(WeightTransferEngine[RefitInitInfo, RefitUpdateI
         self._staging: Staging | None = None
         self._ready: Ready | None = None
         self._committed: Committed | None = None
+        self._sealing: Background[Committed] | None = None
+        self._decided: tuple[int, bool] | None = None
         self._version: int | None = None
         self._broken = ""
         self._arrival: Background[RefitUpdateInfo] | None = None
@@ -120,8 +123,15 @@ class RefitWeightTransferEngine(WeightTransferEngine[RefitInitInfo, RefitUpdateI
         if arrival is not None and self._staging is not None:
             self._run("stage", lambda: self._load_rest(arrival.result()))
 
+    def decide(self, attempt: int, commit: bool) -> None:
+        """What the coordinator decided on `attempt`, so that the finish, for which requests wait, need not ask."""
+        self._decided = attempt, commit
+
     def finish_weight_update(self) -> None:
-        """Commit or discard, as the coordinator decided. Without a received version: discard."""
+        """Commit or discard, as the coordinator decided. Without a received version: discard.
+
+        What nothing has to wait for is done in the background after a commit: see `settle`.
+        """
         if self._packing is not None:
             self._packing.join(self._timeout_s)  # a server that does not ask has not waited for it
             self.receiving()
@@ -130,11 +140,19 @@ class RefitWeightTransferEngine(WeightTransferEngine[RefitInitInfo, RefitUpdateI
         else:
             self._run("finish", self._finish)
 
+    def settle(self) -> None:
+        """Wait for what a commit does in the background: digests of what is live now, for audits, and its report."""
+        sealing, self._sealing = self._sealing, None
+        if sealing is not None:
+            self._committed = sealing.result()
+
     def shutdown(self) -> None:
         """Close groups and store; safe at any time."""
         self._drop_staging()
         self._reads.close()
         session, self._session = self._session, None
+        if self._sealing is not None:
+            self._sealing.join(self._timeout_s)
         if session is not None:
             take_all((session.endpoint.close, session.control.close))
 
@@ -165,6 +183,7 @@ class RefitWeightTransferEngine(WeightTransferEngine[RefitInitInfo, RefitUpdateI
 
     def _begin(self) -> None:
         self._require_session()
+        self.settle()
         self._drop_staging()
         self._reads.forget()
         self._staging = self._new_staging()
@@ -206,18 +225,32 @@ class RefitWeightTransferEngine(WeightTransferEngine[RefitInitInfo, RefitUpdateI
     def _finish(self) -> None:
         session, staging, ready = self._require_session(), self._require_staging(), self._ready
         update = ready.update
-        commit, reason = self._decision(session)
+        told, self._decided = self._decided, None
+        was_told = told is not None and told[0] == update.attempt
+        commit, reason = (told[1], "as told") if was_told else self._decision(session)
         if not commit:
             _log.warning("%s discards version %d: %s", session.who, update.version, reason)
             self._drop_staging()
             return
         started_s = time.time()
-        report = self._commit(staging, ready)
+        report = self._commit(staging)
         self._version = update.version
         self._staging = self._ready = None
         finished = FinishReport(update.version, started_s, report.seconds, ready.staged_bytes)
-        session.control.put(finished_key(update.attempt, session.gen_rank), finished.message())
-        _log.info("%s serves version %d: %s", session.who, self._version, report)
+        put = partial(session.control.put, finished_key(update.attempt, session.gen_rank), finished.message())
+        if not was_told:
+            put()  # who has no other answer than this report waits for it
+        self._sealing = Background(lambda: self._sealed(staging, ready, put if was_told else None))
+        _log.info("%s serves version %d: %s", session.who, update.version, report)
+
+    def _sealed(self, staging: Staging, ready: Ready, put: Callable[[], None] | None) -> Committed:
+        """What nobody has to wait for after a commit."""
+        if put is not None:
+            try:
+                put()
+            except TransportError as error:  # the store is gone, so nobody will ask for this report
+                _log.warning("refit: version %d serves, its report was lost: %s", ready.update.version, error)
+        return self._seal(staging, ready)
 
     def _prepare(self, info: RefitInitInfo) -> None:
         self.shutdown()
@@ -234,7 +267,7 @@ class RefitWeightTransferEngine(WeightTransferEngine[RefitInitInfo, RefitUpdateI
             raise told from error
         self._session = Session(control, endpoint, gen_rank)
 
-    # What is refitted is said in the five methods that follow; `refit.gen_side.lora` refits adapters with others.
+    # What is refitted is said in the six methods that follow; `refit.gen_side.lora` refits adapters with others.
 
     def _manifest(self, gen_rank: int, stage: int, replica: int) -> RankManifest:
         return self._traced().manifest(gen_rank=gen_rank, stage=stage, replica=replica)
@@ -245,15 +278,19 @@ class RefitWeightTransferEngine(WeightTransferEngine[RefitInitInfo, RefitUpdateI
     def _observe(self, staging: Staging) -> Loaded:
         return observe_staging(self.model, staging)
 
-    def _commit(self, staging: Staging, ready: Ready) -> CommitReport:
+    def _commit(self, staging: Staging) -> CommitReport:
         """Put the staged version in the place of the one that serves. A failure breaks this worker."""
         try:
             report = staging.commit(self.model_config)
         except Exception as error:
             self._broken = str(error)
             raise
-        self._committed = observe_commit(self.model, ready.loaded)
         return report
+
+    def _seal(self, staging: Staging, ready: Ready) -> Committed:
+        """What is live right after a commit; the memory of its staging is given back."""
+        staging.release()
+        return observe_commit(self.model, ready.loaded)
 
     def _audited(self) -> AuditReport:
         return audit(self.model, self._require_trace(), self._committed)
@@ -274,12 +311,14 @@ class RefitWeightTransferEngine(WeightTransferEngine[RefitInitInfo, RefitUpdateI
             self._broken,
         )
         try:
+            self.settle()
             self._reads.answer(vars(info), holder)
         except Exception:
             _log.exception("refit: a read got no answer")  # its reader is gone, or runs into its time limit
 
     def _audit(self, audit_id: str) -> None:
         session = self._require_session()
+        self.settle()
         session.control.put(f"{audit_keys(audit_id)}{session.gen_rank}", self._audited().message())
 
     def _decision(self, session: Session) -> tuple[bool, str]:

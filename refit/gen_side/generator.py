@@ -7,7 +7,6 @@ more, vLLM starts one process per rank. vLLM is imported by `build`, never by im
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from refit.gen_side.arguments import build_llm
+from refit.gen_side.arguments import build_llm, stop_tokens_of
 from refit.gen_side.bounds import CLOSE_S, children, deadline, end_processes, message_queues, shut_down
 from refit.gen_side.desk import Desk
 from refit.gen_side.live import EngineDescription, WorkerFacts
@@ -93,7 +92,6 @@ class Generator:
         self._llm = llm
         self._requests = Requests(llm, self.weight_version)
         self._options = options
-        self.pause_s = 0.0
         self._updating = False
         self._stop_tokens = stop_tokens
         self._children = children
@@ -113,7 +111,7 @@ class Generator:
 
         Raises ConfigError when the folder is no checkpoint, TransportError when it is not ready in time.
         """
-        stop_tokens = _stop_tokens(Path(model_dir))
+        stop_tokens = stop_tokens_of(Path(model_dir))
         for name, value in ENVIRONMENT.items():
             os.environ.setdefault(name, value)
         before = children()
@@ -189,9 +187,7 @@ class Generator:
         with self._bounded("prepare", self._timeout_s), self._requests.between_steps():
             self._llm.init_weight_transfer_engine({"init_info": dict(init_info)})
             if self._updating:
-                self._end_update(
-                    None
-                )  # a round that failed before its end; prepare has dropped what was staged
+                self._end_update()  # a round that failed before its end; prepare has dropped what was staged
             self._settle("prepare")
         self._attend(str(init_info["store"]), int(init_info["replica"]))
 
@@ -208,7 +204,7 @@ class Generator:
                 try:
                     self._settle("stage")
                 except RefitFailed:
-                    self._end_update(None)  # no worker commits
+                    self._end_update()
                     raise
         self._staged = (version, attempt)
 
@@ -224,17 +220,8 @@ class Generator:
         self._staged = None
         with self._bounded("finish", 2 * self._timeout_s):
             commit = self._decision(attempt)
-            turn = self._paused() if commit else self._requests.between_steps()
-            with turn:
-                self._end_update(str(version) if commit else None)
-                # The workers read the decision too; one that this process missed shows as a version it did not expect.
-                self._require_one_version(version if commit else self._committed)
-                if commit and self._options.lora is not None:
-                    from refit.gen_side.lora import request_of
-
-                    self._requests.adapter = request_of(version)
-            if commit:
-                self._committed = version
+            with self._paused() if commit else self._requests.between_steps():
+                self._carry_out(attempt, version if commit else None)
         return commit
 
     def audit(self, audit_id: str) -> None:
@@ -263,6 +250,21 @@ class Generator:
                 "refit_flip_element", timeout=self._timeout_s, args=(param, index, worker)
             )
         return sum(found)
+
+    @property
+    def pause_s(self) -> float:
+        """How long the last commit let no token be sampled."""
+        return self._requests.halt_s
+
+    def call_seconds(self, count: int) -> list[float]:
+        """How long `count` calls of all workers take that ask nothing of them: a commit is one call."""
+        found = []
+        with self._bounded("call_seconds", self._timeout_s), self._requests.between_steps():
+            for _ in range(count):
+                began_s = time.perf_counter()
+                self._llm.collective_rpc("refit_status", timeout=self._timeout_s)
+                found.append(time.perf_counter() - began_s)
+        return found
 
     def weight_version(self) -> int:
         """The version that the engine stamps; 0 is what was loaded from disk."""
@@ -319,20 +321,31 @@ class Generator:
                     return
             time.sleep(POLL_S)
 
-    def _end_update(self, version: str | None) -> None:
-        """End vLLM's session of an update; the workers commit or discard as was decided."""
+    def _end_update(self) -> None:
+        """End vLLM's session of an update that failed; no worker commits."""
         self._updating = False
-        self._llm.finish_weight_update(weight_version=version)
+        self._llm.finish_weight_update()
         if self._options.lora is not None:
             self._llm.collective_rpc("refit_load_adapter", timeout=self._timeout_s)
 
-    @contextlib.contextmanager
-    def _paused(self) -> Iterator[None]:
-        """The pause of a commit, by the policy of this engine; `pause_s` is how long no token was sampled."""
-        with self._requests.paused(self._options.pause, self._options.kv_cache, self._timeout_s):
-            began = time.monotonic()
-            yield
-            self.pause_s = time.monotonic() - began
+    def _carry_out(self, attempt: int, version: int | None) -> None:
+        """Commit `version`, or discard what is staged (None), on all workers by one call: requests wait for it."""
+        self._updating = False
+        commit = version is not None
+        states = self._llm.collective_rpc(
+            "refit_finish", timeout=self._timeout_s, args=(attempt, commit, self._options.lora is not None)
+        )
+        self._require_one_version(states, version if commit else self._committed)
+        if version is not None:
+            self._llm.update_weight_version(str(version))
+            self._committed = version
+            if self._options.lora is not None:
+                from refit.gen_side.lora import request_of
+
+                self._requests.adapter = request_of(version)
+
+    def _paused(self) -> contextlib.AbstractContextManager[None]:
+        return self._requests.paused(self._options.pause, self._options.kv_cache, self._timeout_s)
 
     def _decision(self, attempt: int) -> bool:
         """The coordinator's decision, which a later failure does not undo; none in time, or a failure: discard."""
@@ -344,23 +357,25 @@ class Generator:
             return False
         return bool(decision["commit"])
 
-    def _settle(self, phase: str) -> list[dict[str, Any]]:
-        """Every worker's state after a step. Raises RefitFailed with the cause when one worker failed in it."""
-        states = self._llm.collective_rpc("refit_status", timeout=self._timeout_s)
+    def _settle(self, phase: str) -> None:
+        """Ask every worker how a step ended. Raises RefitFailed with the cause when one worker failed in it."""
+        self._require_no_failure(phase, self._llm.collective_rpc("refit_status", timeout=self._timeout_s))
+
+    def _require_no_failure(self, phase: str, states: Sequence[Mapping[str, Any]]) -> None:
         reasons = [f"worker {rank}: {s['reason']}" for rank, s in enumerate(states) if s["reason"]]
         if reasons:
             if self._control is not None:
                 self._control.raise_if_failed()
             raise RefitFailed(Failure(phase, "generator", "; ".join(reasons)))
-        return states
 
-    def _require_one_version(self, version: int | None) -> None:
+    def _require_one_version(self, states: Sequence[Mapping[str, Any]], version: int | None) -> None:
         """All workers serve `version`, None before the first commit; else this engine is broken."""
         try:
-            found = {state["version"] for state in self._settle("finish")}
+            self._require_no_failure("finish", states)
         except RefitFailed as error:
             self._failure = str(error)
             raise
+        found = {state["version"] for state in states}
         if found != {version}:
             self._failure = f"its workers serve versions {sorted(map(str, found))}, {version} was decided"
             raise TransportError(f"{self._failure}; restart this engine")
@@ -374,14 +389,3 @@ class Generator:
         """Waits inside end by themselves in time; should a worker be stopped or stuck, it is ended a bit later."""
         with deadline(what, timeout_s + CLOSE_S, lambda: self._children):
             yield
-
-
-def _stop_tokens(model_dir: Path) -> tuple[int, ...]:
-    """The end tokens of the checkpoint: without a tokenizer vLLM does not look them up."""
-    config = model_dir / "config.json"
-    if not config.is_file():
-        raise ConfigError(f"{model_dir} holds no config.json: give the folder of an HF checkpoint")
-    end = json.loads(config.read_text()).get("eos_token_id")  # absent means that the model names no end token
-    if end is None:
-        return ()
-    return tuple(end) if isinstance(end, list) else (int(end),)

@@ -108,14 +108,6 @@ def process_module(module: torch.nn.Module) -> None:
     _RELOAD._layerwise_process(module, layer_reload(module))
 
 
-def place_processed(module: torch.nn.Module) -> None:
-    """Copy the processed tensors that the module holds into the old storages, as vLLM does after its processing."""
-    reload = layer_reload(module)
-    if reload.kernel_tensors is not None:
-        _RELOAD._copy_and_restore_kernel_tensors(module, reload)
-    reload.reset()
-
-
 def _forget_cpu_moe_kernel(module: torch.nn.Module) -> None:
     """On the CPU, let a second processing of experts be like the first.
 
@@ -149,12 +141,22 @@ def place_live(module: torch.nn.Module) -> None:
         reload.reset()
 
 
-def finalize(model: torch.nn.Module, model_config: Any) -> None:
-    """Close the reload as vLLM does: attention layers last, then the model's own hook if it has one."""
-    _RELOAD.finalize_layerwise_reload(model, model_config)
+def finalize(model: torch.nn.Module, opened: torch.nn.Module, model_config: Any) -> tuple[str, ...]:
+    """Close the reload of `opened`, some modules of `model`, as vLLM does: attention layers last, then its own hook.
+
+    Attention layers outside it were given no scales; they derive anew what they derive from other weights.
+    Returns the names of all attention layers.
+    """
+    inside = {id(module) for module in opened.modules()}
+    _RELOAD.finalize_layerwise_reload(opened, model_config)
+    attention = [(name, module) for name, module in model.named_modules() if is_deferred(module)]
+    for _, module in attention:
+        if id(module) not in inside:
+            module.process_weights_after_loading(model_config.dtype)
     hook = getattr(model, "process_weights_after_loading", None)  # most models have none
     if hook is not None:
         hook()
+    return tuple(name for name, _ in attention)
 
 
 def close_reload(model: torch.nn.Module) -> None:

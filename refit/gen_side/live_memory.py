@@ -16,7 +16,7 @@ from refit.gen_side.audit import Committed, live_tensors, packed_params
 from refit.gen_side.layout import detached_views
 from refit.gen_side.prepacked import is_prepacked, unpacked
 from refit.gen_side.readback import read_packed
-from refit.gen_side.staging import plain
+from refit.gen_side.switch import plain
 from refit.gen_side.trace import LoaderTrace
 from refit.gen_side.views import contiguous_strides
 from refit.transfer.digest import whole_digest

@@ -17,7 +17,7 @@ from vllm.lora.lora_model import LoRAModel
 from vllm.lora.peft_helper import PEFTHelper
 from vllm.lora.request import LoRARequest
 
-from refit.gen_side.audit import AuditReport, Loaded
+from refit.gen_side.audit import AuditReport, Committed, Loaded
 from refit.gen_side.engine import Ready, RefitWeightTransferEngine
 from refit.gen_side.hf_index import HfShapes, read_hf_shapes
 from refit.gen_side.staging import CommitReport, StagingError
@@ -165,11 +165,15 @@ class RefitAdapterEngine(RefitWeightTransferEngine):
         """Nothing: vLLM processes nothing here, and an audit reads the committed adapter itself."""
         return Loaded({}, {}, {}, {})
 
-    def _commit(self, staging: AdapterStaging, ready: Ready) -> CommitReport:  # noqa: ARG002 - so is this one
+    def _commit(self, staging: AdapterStaging) -> CommitReport:
         started_s = time.perf_counter()
         staging.commit()
         self._adapter = staging.tensors
-        return CommitReport(tuple(staging.tensors), (), (), time.perf_counter() - started_s)
+        return CommitReport(tuple(staging.tensors), (), (), (), time.perf_counter() - started_s)
+
+    def _seal(self, staging: AdapterStaging, ready: Ready) -> Committed:  # noqa: ARG002 - so is this one
+        """Nothing to look at: see `_observe`."""
+        return Committed(ready.loaded, frozenset(), {})
 
     def _audited(self) -> AuditReport:
         """Digests of the adapter that vLLM was given, and which of vLLM's slots have changed since."""

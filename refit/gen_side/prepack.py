@@ -2,7 +2,7 @@
 
 On the CPU vLLM hands each linear weight to a library that packs it into memory of its own: three quarters of a commit.
 That needs the staged tensors only, so it is done on a twin of the module while the old version serves; the commit then
-takes the twin's result over. Elsewhere the processing of plain weights is empty, and nothing is done here.
+takes the twin's result over (`switch`). Elsewhere the processing of plain weights is empty, and nothing is done here.
 """
 
 from __future__ import annotations
@@ -42,12 +42,3 @@ def pack_ahead(module: torch.nn.Module, staged: Mapping[str, torch.Tensor]) -> t
     with torch.no_grad():
         method.process_weights_after_loading(twin)
     return twin
-
-
-def take_over(module: torch.nn.Module, twin: torch.nn.Module) -> None:
-    """Give the module, which holds the staged tensors, what its twin was processed to."""
-    for name, parameter in twin._parameters.items():
-        module._parameters[name] = parameter
-    for name, buffer in twin._buffers.items():
-        module._buffers[name] = buffer
-    module.cpu_linear = twin.cpu_linear

@@ -3,8 +3,9 @@
 1. `begin` allocates the loader's layout of every module that the loader writes, beside the live model.
 2. `params()` is the memory that bulk receives write; `load_misc` runs vLLM's own loader into the same memory.
    The live model is whole in between and may serve. `pack_ahead` does what a commit need not wait with.
-3. `commit` hands each staged module to vLLM's own processing, once, into the old storages (CUDA graphs keep
-   their addresses), attention last. `discard` forgets the staging; the live model was never touched.
+3. `commit` copies what is ready into the storages that serve (CUDA graphs keep their addresses) and hands each other
+   staged module to vLLM's own processing, once, attention last; `release` then gives the memory back. `discard` forgets
+   the staging; the live model was never touched.
 
 Extra memory: the weights of this worker once, in the loader's layout; on a CPU that packs, once more until the commit.
 """
@@ -29,13 +30,13 @@ from refit.gen_side.layout import (
     layer_tensors,
     loader_layout,
     place_live,
-    place_processed,
     process_module,
 )
-from refit.gen_side.prepack import may_pack_ahead, pack_ahead, take_over
+from refit.gen_side.switch import Switch, plain
 from refit.gen_side.trace import LoaderTrace
 
-Weights = Iterable[tuple[str, torch.Tensor]]
+type Weights = Iterable[tuple[str, torch.Tensor]]
+type Addresses = dict[str, tuple[int, tuple[int, ...]]]
 
 
 class StagingError(RuntimeError):
@@ -50,10 +51,11 @@ class CommitFailed(RuntimeError):  # noqa: N818 - named like RefitFailed
 class CommitReport:
     """What a commit did. Each staged module was processed once; attention layers were finished after them.
 
-    `packed_ahead` are those of `processed` whose processing was over before the commit.
+    `ready` are those of `processed` that were only copied, `packed_ahead` those of them that were packed on a twin.
     """
 
     processed: tuple[str, ...]
+    ready: tuple[str, ...]
     packed_ahead: tuple[str, ...]
     finished_attention: tuple[str, ...]
     seconds: float
@@ -68,7 +70,8 @@ class Staging:
     tensors: dict[str, torch.Tensor]
     modules: dict[str, dict[str, torch.Tensor]]
     attention_loads: dict[str, tuple[list[Any], int]] = field(default_factory=dict)
-    twins: dict[str, torch.nn.Module] = field(default_factory=dict)
+    switch: Switch = field(default_factory=Switch)
+    addresses: Addresses = field(default_factory=dict)
     state: str = "open"
 
     @classmethod
@@ -100,73 +103,77 @@ class Staging:
         """
         self._require_open("load_misc")
         with torch.no_grad(), loader_layout(self.model) as slots:
-            self._place()
+            self._place(self.modules)
             guard = _StrayWriteGuard({s.param: s.tensor for s in slots if not s.deferred})
             with disable_mtp_completeness_check(), guard:
                 self.model.load_weights(self._keep_deferred(weights))
             self._keep_attention_loads()
 
     def pack_ahead(self) -> None:
-        """Pack what can be packed beside the live model; nothing may be loaded after it. Safe beside steps of it."""
+        """Do what can be done beside the live model; nothing may be loaded after it. Safe beside steps of it."""
         self._require_open("pack_ahead")
-        modules = dict(self.model.named_modules())
-        for name, staged in self.modules.items():
-            if may_pack_ahead(modules[name], staged):
-                self.twins[name] = pack_ahead(modules[name], staged)
+        self.switch, self.addresses = Switch.prepare(self.model, self.modules), _addresses(self.model)
 
     def commit(self, model_config: Any) -> CommitReport:
-        """Process every staged module once, in place; the new version serves from here on.
+        """Process every staged module once, in place; the new version serves from here on. `release` comes after it.
 
         Raises CommitFailed when vLLM's processing fails, a module stays without memory, or memory moved.
         """
         self._require_open("commit")
         started = time.perf_counter()
-        addresses = _addresses(self.model)
+        addresses = self.addresses or _addresses(self.model)
         self.state = "failed"
         try:
-            self._write_detached_views()
-            with torch.no_grad(), loader_layout(self.model):
-                processed, attention = self._process(model_config)
+            with torch.no_grad():
+                self._write_detached_views()
+                self.switch.run()
+                attention = self._process_late(model_config)
             _check_live(self.model, addresses)
         except Exception as error:
             message = f"the commit failed: {error}; restart this engine or refit it in full"
             raise CommitFailed(message) from error
         self.state = "committed"
-        packed_ahead = tuple(self.twins)
-        self._release()
-        return CommitReport(processed, packed_ahead, attention, time.perf_counter() - started)
+        seconds = time.perf_counter() - started
+        ready = tuple(name for name in self.modules if name in self.switch.ready)
+        return CommitReport(tuple(self.modules), ready, tuple(self.switch.packed), attention, seconds)
+
+    def release(self) -> None:
+        """Give back what the staging held, and what it has replaced."""
+        self.tensors, self.modules, self.attention_loads, self.switch = {}, {}, {}, Switch()
 
     def discard(self) -> None:
         """Forget the staging. The version that was live before `begin` is live."""
         self._require_open("discard")
         self.state = "discarded"
-        self._release()
+        self.release()
 
-    def _process(self, model_config: Any) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        self._place()
-        processed: list[str] = []
-        attention: list[str] = []
-        for name, module in self.model.named_modules():
-            if is_deferred(module):
-                attention.append(name)
-                loads, num_elements = self.attention_loads.get(name, ([], 0))
-                reload = layer_reload(module)
-                reload.loaded_weights, reload.load_numel = list(loads), num_elements
-            elif name in self.modules:
-                _require_memory(name, module)
-                if name in self.twins:
-                    take_over(module, self.twins[name])
-                    place_processed(module)
-                else:
+    def _process_late(self, model_config: Any) -> tuple[str, ...]:
+        """Let vLLM process what could not be made ready. Returns the attention layers, which are finished after it."""
+        late = self.modules.keys() - self.switch.ready
+        modules = dict(self.model.named_modules())
+        opened = torch.nn.ModuleList(
+            module for name, module in modules.items() if name in late or name in self.attention_loads
+        )
+        names = {id(module): name for name, module in modules.items()}
+        processed = set()
+        with loader_layout(opened):
+            self._place(late)
+            for module in opened.modules():
+                name = names.get(id(module))  # the list itself has none
+                if is_deferred(module):
+                    reload = layer_reload(module)
+                    loads, reload.load_numel = self.attention_loads.get(str(name), ([], 0))
+                    reload.loaded_weights = list(loads)
+                elif name in late:
+                    _require_memory(name, module)
                     process_module(module)
-                processed.append(name)
-            else:
-                place_live(module)
-        finalize(self.model, model_config)
-        if set(processed) != set(self.modules) or len(processed) != len(self.modules):
-            missing = sorted(set(self.modules) - set(processed))
-            raise CommitFailed(f"staged modules were not processed: {missing}")
-        return tuple(processed), tuple(attention)
+                    processed.add(name)
+                else:
+                    place_live(module)
+            attention = finalize(self.model, opened, model_config)
+        if processed != late:
+            raise CommitFailed(f"staged modules were not processed: {sorted(late - processed)}")
+        return attention
 
     def _write_detached_views(self) -> None:
         for view, param in detached_views(self.model):
@@ -174,12 +181,12 @@ class Staging:
                 staged = plain(self.tensors[param])
                 plain(view).copy_(staged.as_strided(view.size(), view.stride(), view.storage_offset()))
 
-    def _place(self) -> None:
-        """Put the staging into the modules, which hold the loader's layout on meta tensors."""
+    def _place(self, names: Iterable[str]) -> None:
+        """Put the staging into these modules, which hold the loader's layout on meta tensors."""
         modules = dict(self.model.named_modules())
-        for module_name, staged in self.modules.items():
+        for module_name in names:
             module = modules[module_name]
-            for name, tensor in staged.items():
+            for name, tensor in self.modules[module_name].items():
                 owner = module._parameters if name in module._parameters else module._buffers
                 owner[name] = tensor
 
@@ -199,9 +206,6 @@ class Staging:
         if self.state != "open":
             raise StagingError(f"{step} on a staging that is {self.state}; begin a new one")
 
-    def _release(self) -> None:
-        self.tensors, self.modules, self.attention_loads, self.twins = {}, {}, {}, {}
-
 
 class _StrayWriteGuard(TorchDispatchMode):
     """A copy into a meta parameter would be lost without a word: raise instead."""
@@ -218,12 +222,6 @@ class _StrayWriteGuard(TorchDispatchMode):
                     f"the loader writes {param}, which its trace did not write: trace it again"
                 )
         return func(*args, **(kwargs or {}))
-
-
-def plain(tensor: torch.Tensor) -> torch.Tensor:
-    """The same memory without vLLM's parameter class, so that no framework code runs on a copy into it."""
-    with torch._C.DisableTorchFunctionSubclass():
-        return tensor.detach().as_subclass(torch.Tensor)
 
 
 def _allocate(
@@ -273,14 +271,14 @@ def _require_memory(name: str, module: torch.nn.Module) -> None:
         raise CommitFailed(f"module {name} has no memory for {', '.join(meta)}")
 
 
-def _addresses(model: torch.nn.Module) -> dict[str, tuple[int, tuple[int, ...]]]:
+def _addresses(model: torch.nn.Module) -> Addresses:
     return {
         name: (tensor.data_ptr(), tuple(tensor.shape))
         for name, tensor in model.named_parameters(remove_duplicate=False)
     }
 
 
-def _check_live(model: torch.nn.Module, before: dict[str, tuple[int, tuple[int, ...]]]) -> None:
+def _check_live(model: torch.nn.Module, before: Addresses) -> None:
     """No tensor on meta, and each parameter where it was: captured graphs read those addresses."""
     for name, module in model.named_modules():
         _require_memory(name, module)

@@ -15,6 +15,18 @@ class RefitWorker:
         """{"state": "serving" | "staging" | "failed", "version": int | None, "reason": str} of this worker."""
         return self.weight_transfer_engine.status()
 
+    def refit_finish(self, attempt: int, commit: bool, adapters: bool) -> dict[str, Any]:
+        """vLLM's `finish_weight_update` with the decision on `attempt` at hand, and then the status, in one call.
+
+        The device is idle before, as vLLM wants it in a pause. `adapters`: load the adapter too, see below.
+        """
+        self.synchronize_device()
+        self.weight_transfer_engine.decide(attempt, commit)
+        self.finish_weight_update()
+        if adapters:
+            self.refit_load_adapter()
+        return self.weight_transfer_engine.status()
+
     def refit_receiving(self) -> bool:
         """Whether anything of a refit still goes on in the background of this worker."""
         return self.weight_transfer_engine.receiving()
@@ -50,6 +62,7 @@ class RefitWorker:
 
         if worker not in (None, get_world_group().rank_in_group):
             return False
+        self.weight_transfer_engine.settle()  # else the flipped element would pass for what was committed
         model = self.model_runner.get_model()
         modules = dict(model.named_modules())
         packed = dict(packed_modules(model))

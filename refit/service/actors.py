@@ -342,6 +342,11 @@ class GenActor(Actor):
         self._submitted = {later: found for later, found in self._submitted.items() if later > step}
         return answers.result()
 
+    def call_seconds(self, count: int) -> list[float]:
+        """How long `count` calls of all workers take that ask nothing of them."""
+        with self._doing("call_seconds"):
+            return list(self._generator.call_seconds(count))
+
     def weight_version(self) -> int:
         with self._doing("weight_version"):
             return int(self._generator.weight_version())

@@ -7,7 +7,7 @@ The keys and messages are those of `refit.transfer.protocol`.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +30,7 @@ from refit.transfer.protocol import (
 from refit.transfer.rendezvous import ControlStore
 
 DIGEST_MODULUS = 2**64
+FINISHED_POLL_S = 0.001
 SHOWN = 5  # how many mismatches a message spells out
 
 
@@ -122,10 +123,21 @@ def collect_reports(
     return reports
 
 
-def finished_reports(control: ControlStore, plan: Plan, attempt: int) -> dict[int, FinishReport]:
-    """What commits cost, by generator rank. Does not wait: a rank puts it before its engine says that it serves."""
-    found = {rank: control.peek(finished_key(attempt, rank)) for rank in range(plan.num_gen)}
-    return {rank: FinishReport.of_message(message) for rank, message in found.items() if message is not None}
+def finished_reports(
+    control: ControlStore, plan: Plan, attempt: int, owing: Collection[int] = (), timeout_s: float = 0.0
+) -> dict[int, FinishReport]:
+    """What commits cost, by generator rank. Those of `owing` are waited for: their engines serve, and put it after."""
+    deadline, found = Deadline(timeout_s), {}
+    for rank in range(plan.num_gen):
+        while (
+            (message := control.peek(finished_key(attempt, rank))) is None
+            and rank in owing
+            and deadline.left_s
+        ):
+            time.sleep(FINISHED_POLL_S)
+        if message is not None:
+            found[rank] = FinishReport.of_message(message)
+    return found
 
 
 def mismatches_of(plan: Plan, reports: Mapping[int, Any]) -> tuple[Mismatch, ...]:

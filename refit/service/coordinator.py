@@ -37,6 +37,7 @@ from refit.transfer.protocol import attempt_keys, audit_keys, decision_key
 from refit.transfer.rendezvous import ControlStore
 
 BUILD_TIMEOUT_S = 600.0  # longest wait for a replacement when no generator is left
+REPORT_S = 5.0  # longest wait for what commits cost; the record can do without
 
 
 @dataclass(frozen=True, slots=True)
@@ -341,7 +342,8 @@ class Coordinator:
             "commit": time.monotonic() - staged_s,
             "halt": halt_s,
         }
-        finished = finished_reports(session.control, session.plan, attempt)
+        owing = session.gen_ranks(fleet.serving) if not decided.reason else ()
+        finished = finished_reports(session.control, session.plan, attempt, owing, REPORT_S)
         session.control.forget(attempt_keys(attempt))
         seen = Round(
             version, attempt, decided.reports, finished, decided.num_differing, decided.reason, driver

@@ -335,7 +335,7 @@ def _live_difference(setting: Setting, version: int, trace: Any, mine: Mapping[s
 
 
 def _memory(staging: Any) -> dict[str, torch.Tensor]:
-    from refit.gen_side.staging import plain
+    from refit.gen_side.switch import plain
 
     return {name: plain(tensor) for name, tensor in staging.tensors.items()}
 
