@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from refit.plan import Manifest, hf_names
+from refit.plan import Manifest, RankManifest, hf_names
 from refit.plan.naming import is_stacked
 from refit.plan.sides import Side
 from refit.plan.synth.config import model_from_config
@@ -97,6 +97,9 @@ class MemoryRanks:
 class _Params:
     def __init__(self, ranks: MemoryRanks, rank: int) -> None:
         self._ranks, self._rank = ranks, rank
+
+    def manifest(self, described: RankManifest) -> RankManifest:
+        return described
 
     def param(self, name: str) -> Readable:
         self._ranks.asked.append(self._rank)

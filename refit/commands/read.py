@@ -1,4 +1,7 @@
-"""`read`: rows of an HF tensor from a running engine, at their full logical shape; the engine serves on."""
+"""`read`: rows of an HF tensor from a running engine, at their full logical shape; the engine serves on.
+
+Without a name it says what the engine holds.
+"""
 
 import argparse
 import json
@@ -14,7 +17,11 @@ MAX_SHOWN = 1024
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "tensor", metavar="NAME[START:STOP]", help="an HF name; one expert by its own, all by ...experts.*..."
+        "tensor",
+        metavar="NAME[START:STOP]",
+        nargs="?",
+        default="",
+        help="an HF name; one expert by its own, all by ...experts.*...; without it: all that the engine holds",
     )
     add_engine_arguments(parser)
     parser.add_argument(
@@ -59,14 +66,17 @@ def run(arguments: argparse.Namespace) -> int:
     from refit.service.access import job_reader, server_reader
     from refit.transfer.errors import RefitFailed, TransportError
 
-    name, (start, stop) = parse_slice(arguments.tensor)
+    name, (start, stop) = parse_slice(arguments.tensor) if arguments.tensor else ("", (None, None))
     try:
         if arguments.server:
             opened = server_reader(arguments.server, arguments.address, arguments.timeout)
         else:
             opened = job_reader(arguments.run_dir, arguments.engine, arguments.timeout)
         with opened as reader:
-            _show(_read(reader, name, slice(start, stop), arguments), arguments)
+            if name:
+                _show(_read(reader, name, slice(start, stop), arguments), arguments)
+            else:
+                _list(reader, arguments)
     except (RefitFailed, TransportError) as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 1
@@ -76,6 +86,22 @@ def run(arguments: argparse.Namespace) -> int:
 def _read(reader: "Reader", name: str, rows: slice, arguments: argparse.Namespace) -> "ReadBack":
     whole = rows.start is None and rows.stop is None
     return reader.read(name, None if whole else rows, arguments.version, arguments.dequantize)
+
+
+def _list(reader: "Reader", arguments: argparse.Namespace) -> None:
+    """Every tensor by its canonical name, and why it cannot be read where it cannot."""
+    side = reader.side
+    for name, spec in sorted(side.specs.items()):
+        reason = f"  not readable: {side.misc[name]}" if name in side.misc else ""
+        print(f"{name}  {spec.dtype} {list(spec.shape)}{reason}")
+    ranks = len(side.manifest.ranks)
+    print(f"{reader.engine.name}: {len(side.specs)} tensors on {ranks} ranks, {len(side.misc)} not readable")
+    if arguments.json:
+        held = {
+            name: {"dtype": spec.dtype, "shape": list(spec.shape)}
+            for name, spec in sorted(side.specs.items())
+        }
+        print(json.dumps({"tensors": held, "unreadable": dict(side.misc)}))
 
 
 def _show(answer: "ReadBack", arguments: argparse.Namespace) -> None:

@@ -3,10 +3,12 @@
 Same-shape memory is never trusted by its shape: after a commit of ours a parameter counts as *plain* only if
 processing left its bytes as staged. Before the first commit only layers whose processing is known to leave weights
 alone are. What the kernel keeps packed is read through it; what it permutes is put back in order, and after a commit
-the result must have the digest that was staged.
+the result must have the digest that was staged. What the loader makes a function of is computed back.
 """
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import torch
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
@@ -19,8 +21,18 @@ from refit.gen_side.readback import read_packed
 from refit.gen_side.switch import plain
 from refit.gen_side.trace import LoaderTrace
 from refit.gen_side.views import contiguous_strides
+from refit.plan.manifest import RankManifest
 from refit.transfer.digest import whole_digest
-from refit.transfer.reading import PLAIN, REORDERED, SHADOWED, THROUGH_KERNEL, Readable, Unreadable
+from refit.transfer.inverse import undo
+from refit.transfer.reading import (
+    INVERTED,
+    PLAIN,
+    REORDERED,
+    SHADOWED,
+    THROUGH_KERNEL,
+    Readable,
+    Unreadable,
+)
 
 MAX_SHADOW_MACS = 1 << 32
 """A head's packed copy that needs more multiply-adds to read (2 s) is not compared with its plain weight."""
@@ -32,12 +44,26 @@ class LiveMemory:
 
     def __init__(self, model: torch.nn.Module, trace: LoaderTrace, committed: Committed | None) -> None:
         self._model = model
-        self._specs = {spec.name: spec for spec in trace.params}
+        self._inverses = {inverse.param.name: inverse for inverse in trace.inverses}
+        self._specs = {spec.name: spec for spec in (*trace.params, *(i.param for i in trace.inverses))}
         self._committed = committed
         self._live = dict(live_tensors(model))
         self._packed = dict(packed_params(model, trace))
         self._views = {param: plain(view) for view, param in detached_views(model)}
         self._last: tuple[str, Readable] | None = None
+
+    def manifest(self, described: RankManifest) -> RankManifest:
+        """`described` with the tensors that can be computed back, in the dtype that a function of them is stored in."""
+        dtypes = {h.tensor: i.param.dtype for i in self._inverses.values() for h in i.holdings}
+        return replace(
+            described,
+            tensors=tuple(
+                replace(spec, dtype=dtypes.get(spec.name, spec.dtype)) for spec in described.tensors
+            ),
+            params=(*described.params, *(i.param for i in self._inverses.values())),
+            holdings=(*described.holdings, *(h for i in self._inverses.values() for h in i.holdings)),
+            misc=tuple(reason for reason in described.misc if reason.tensor not in dtypes),
+        )
 
     def param(self, name: str) -> Readable:
         """The parameter of that ParamSpec name. Raises Unreadable with the reason."""
@@ -60,6 +86,8 @@ class LiveMemory:
         if tuple(live.shape) != spec.shape or live.dtype != getattr(torch, spec.dtype):
             raise Unreadable(f"{name} is {live.dtype} {tuple(live.shape)} in memory, it was loaded as {spec}")
         self._require_as_loaded(name, module)
+        if name in self._inverses:
+            return Readable(INVERTED, self._inverted(name, live))
         if name in self._packed and spec.num_elements * spec.shape[1] <= MAX_SHADOW_MACS:
             used = self._through_kernel(name)
             if not torch.equal(used, live + 0):
@@ -74,6 +102,16 @@ class LiveMemory:
                 f"{name} of shape {spec.shape} is packed by its kernel, and too large to be read through it"
             )
         return tensor
+
+    def _inverted(self, name: str, live: torch.Tensor) -> torch.Tensor:
+        inverse = self._inverses[name]
+        found = undo(inverse.steps, live)
+        if found is None:
+            tensor, steps = inverse.holdings[0].tensor, " of ".join(reversed(inverse.steps))
+            raise Unreadable(
+                f"{name} stores {steps} of {tensor}, and some elements are that of no finite {inverse.param.dtype}"
+            )
+        return found
 
     def _of_view(self, name: str) -> torch.Tensor:
         """What the kernel reads where a buffer was made as a view of the parameter, in the loader's shape."""

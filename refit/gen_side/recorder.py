@@ -15,8 +15,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from refit.gen_side.views import View
+from refit.transfer.inverse import STEPS
 
 _ATEN = torch.ops.aten
+_STEPS = {getattr(_ATEN, name).default: name for name in STEPS}
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,11 +43,15 @@ class Filled:
 
 @dataclass(frozen=True, slots=True)
 class Computed:
-    """Something that is no view of an HF tensor was written to `param`; `tensors` went into it."""
+    """Something that is no view of an HF tensor was written to `param`; `tensors` went into it.
+
+    `steps`: all of `param` became this function of itself, element by element; () for anything else.
+    """
 
     tensors: frozenset[str]
     param: str
     reason: str
+    steps: tuple[str, ...] = ()
 
 
 Write = Copied | Filled | Computed
@@ -72,6 +78,9 @@ class Recorder(TorchDispatchMode):
         self._dtypes = {name: t.dtype for name, t in sources.items()}
         self._names: dict[int, frozenset[str]] = {key: frozenset({n}) for key, n in self._sources.items()}
         self._alive: list[object] = [params, sources]
+        self._shapes = {name: t.shape for name, t in params.items()}
+        self._steps: dict[int, tuple[str, tuple[str, ...]]] = {}
+        """By storage: (param, steps) of values that are a function of a whole parameter, element by element."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -94,12 +103,29 @@ class Recorder(TorchDispatchMode):
             return args[0]
         self._changed |= {self._sources[_key(t)] for t in targets if _key(t) in self._sources}
         result = func(*args, **kwargs)
+        self._follow(func, args, targets, result, names)
+        return result
+
+    def _follow(self, func: Any, args: Any, targets: Any, result: Any, names: frozenset[str]) -> None:
+        """Note what went into a result."""
         if names:
             for out in tree_leaves(result):
                 if isinstance(out, torch.Tensor) and _key(out) not in self._sources:
                     self._alive.append(out)
                     self._names[_key(out)] = self._names.get(_key(out), frozenset()) | names
-        return result
+        for target in targets:
+            self._steps.pop(_key(target), None)
+        known = self._param_steps(args[0]) if names and func in _STEPS else None
+        if known is not None:
+            self._steps[_key(result)] = (known[0], (*known[1], _STEPS[func]))
+
+    def _param_steps(self, tensor: torch.Tensor) -> tuple[str, tuple[str, ...]] | None:
+        """(param, steps) if these are the values of a whole parameter, in its order, after those steps."""
+        key = _key(tensor)
+        known = (self._params[key][0], ()) if key in self._params else self._steps.get(key)
+        if known is None or tensor.shape != self._shapes[known[0]] or not tensor.is_contiguous():
+            return None
+        return known
 
     def _record(self, func: Any, target: torch.Tensor, args: Any, names: frozenset[str]) -> None:
         param, base = self._params[_key(target)]
@@ -130,7 +156,9 @@ class Recorder(TorchDispatchMode):
             self.writes.append(Filled(self.current, param, dst, source.reshape(()).tolist()))
         else:
             reason = "the loader computes the value it stores"
-            self.writes.append(Computed(names or frozenset({self.current}), param, reason))
+            made, place = self._param_steps(source), self._param_steps(target)
+            steps = made[1] if made is not None and place == (made[0], ()) else ()
+            self.writes.append(Computed(names or frozenset({self.current}), param, reason, steps))
         held = self._names.get(_key(target), frozenset())
         self._names[_key(target)] = held | names
 

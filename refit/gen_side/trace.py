@@ -36,6 +36,18 @@ class TraceError(RuntimeError):
 
 
 @dataclass(frozen=True, slots=True)
+class Inverse:
+    """A parameter that the loader fills with copies and then makes `steps` of, element by element (Mamba's A).
+
+    `holdings` say where the copies went. Their tensors are misc, and can be computed back from what is stored.
+    """
+
+    param: ParamSpec
+    steps: tuple[str, ...]
+    holdings: tuple[Holding, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class LoaderTrace:
     """The loader of one worker. Holdings count elements of the parameters in the LOADER's layout."""
 
@@ -57,6 +69,7 @@ class LoaderTrace:
     """HF tensors that attention layers take: vLLM keeps them until the end of a reload."""
     unused: tuple[str, ...]
     """HF tensors that this worker leaves aside: other pipeline stages, other experts."""
+    inverses: tuple[Inverse, ...]
 
     def manifest(self, *, gen_rank: int, stage: int, replica: int) -> RankManifest:
         """This worker's part of the generator manifest. dtypes are the engine's, hence those on the wire."""
@@ -206,7 +219,7 @@ class _Compiler:
         for write in self.computed:
             bad.setdefault(write.param, write.reason)
             for name in write.tensors:
-                self.misc.setdefault(name, f"{write.param}: {write.reason}")
+                self.misc.setdefault(name, _reason(write))
         for param, entries in by_param.items():
             clash = first_overlap([region for _, region in entries])
             if clash is not None:
@@ -272,7 +285,26 @@ class _Compiler:
             aliases=tuple(sorted(self.aliases.items())),
             deferred=frozenset(c.tensor for c in self.copied if self.slots[c.param].deferred),
             unused=tuple(sorted(set(self.hf_shapes) - seen)),
+            inverses=tuple(self._inverses(by_param)),
         )
+
+    def _inverses(self, by_param: dict[str, list[tuple[str, Region]]]) -> Iterator[Inverse]:
+        """Parameters with one computed write, the last one, after disjoint copies of tensors that go nowhere else."""
+        writes = (*self.copied, *self.computed, *self.fills)
+        for write in self.computed:
+            copies = [copy for copy in self.copied if copy.param == write.param]
+            tensors = {copy.tensor for copy in copies}
+            if not write.steps or tensors != write.tensors or any(copy not in self.held for copy in copies):
+                continue
+            touching = [w for w in writes if w.param == write.param or _names(w) & tensors]
+            last = max(touching, key=lambda w: self.order[w])
+            reasons = {self.misc[tensor] for tensor in tensors}
+            if len(touching) != len(copies) + 1 or last != write or reasons != {_reason(write)}:
+                continue
+            if first_overlap([region for _, region in by_param[write.param]]) is None:
+                shape, dtype = tuple(self.slots[write.param].tensor.shape), _dtype(self.slots[write.param])
+                held = coalesce_holdings(h for copy in copies for h in self.held[copy])
+                yield Inverse(ParamSpec(write.param, shape, dtype), write.steps, held)
 
     def _wire_dtypes(self, held: list[Holding]) -> dict[str, str]:
         """Canonical tensor -> the one dtype it is stored in here; two dtypes make it misc."""
@@ -307,6 +339,14 @@ class _Compiler:
             return False  # what is not misc is disjoint
         regions += [box for f in self.fills if f.param == param for box in _param_boxes(slot, f.dst)]
         return bool(uncovered(Region.whole(tuple(slot.tensor.shape)), regions))
+
+
+def _names(write: Write) -> frozenset[str]:
+    return write.tensors if isinstance(write, Computed) else frozenset({write.tensor})
+
+
+def _reason(write: Computed) -> str:
+    return f"{write.param}: {write.reason}"
 
 
 def _param_boxes(slot: Slot, view: View) -> tuple[Region, ...]:

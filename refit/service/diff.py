@@ -27,6 +27,7 @@ from refit.transfer.memory import as_bits, torch_dtype
 
 ASK_BYTES = 256 << 20  # most bytes that one ask for digests covers: how long an engine waits for it
 NUM_BLOCKS = 64  # into how many blocks a box that differs is cut, again and again
+EXACT = -1.0
 READ_BYTES = 1 << 20  # a box that differs and is no larger is compared element by element
 
 
@@ -71,8 +72,8 @@ class Weights(Protocol):
         """One digest per box, or the reason why there is none."""
         ...
 
-    def values(self, box: Box) -> tuple[Tensor, bool]:
-        """(the elements, True if zeros have lost their sign)."""
+    def values(self, box: Box) -> tuple[Tensor, float]:
+        """(the elements, how far off they may be: EXACT, 0.0 where zeros have lost their sign, or more)."""
         ...
 
     def who(self, rank: int) -> str:
@@ -255,18 +256,18 @@ def _batches(pairs: Sequence[_Pair]) -> Iterator[list[_Pair]]:
 
 
 def _compare(pair: _Pair, found: dict[tuple[str, str, str], _Found], skipped: Mapping[str, str]) -> None:
-    """Element by element. Zeros of two signs are equal where one side has read them through a kernel."""
+    """Element by element. What one side cannot tell from the other's is equal: zeros of two signs, or a bit more."""
     if pair.left.tensor in skipped:
         return
-    (mine, blurred), (theirs, also_blurred) = (
+    (mine, grain), (theirs, other_grain) = (
         side.values(box) for side, box in zip(pair.sides, (pair.left, pair.right), strict=True)
     )
     wrong = as_bits(mine.contiguous()) != as_bits(theirs.contiguous())
-    if blurred or also_blurred:
-        wrong &= ~((mine == 0) & (theirs == 0))
+    a, b = mine.to(torch.float64), theirs.to(torch.float64)
+    if grain != other_grain:  # two that were computed back alike are equal only where what is stored is
+        wrong &= ~((a - b).abs() <= max(grain, other_grain))
     if not bool(wrong.any()):
         return
-    a, b = mine.to(torch.float64), theirs.to(torch.float64)
     delta = torch.where(wrong, (a - b).abs().nan_to_num(math.inf, math.inf, math.inf), -1.0)
     at = int(delta.argmax())
     where = tuple(int(i) for i in torch.unravel_index(torch.tensor(at), delta.shape)) if delta.ndim else ()

@@ -12,9 +12,11 @@ from refit.gen_side.hf_index import HfShapes, read_hf_shapes
 from refit.plan import Region, TensorSpec
 from refit.plan.naming import canonical, hf_name, is_stacked
 from refit.plan.read import HeldCell, plan_read
-from refit.service.diff import Box, in_dtype
+from refit.service.diff import EXACT, Box, in_dtype
 from refit.service.reader import Reader, Session
+from refit.transfer import reading
 from refit.transfer.digest import MASK, digest
+from refit.transfer.inverse import RESOLUTION
 
 
 class EngineWeights:
@@ -52,10 +54,10 @@ class EngineWeights:
         answers = {rank: iter(values) for rank, values in self._session.digests(asked).items()}
         return [next(answers[box.rank]) for box in boxes]
 
-    def values(self, box: Box) -> tuple[Tensor, bool]:
+    def values(self, box: Box) -> tuple[Tensor, float]:
         self._session.kinds.clear()
         tensor = self._session.box_of(self._reader.side, box.tensor, box.region, box.rank)
-        return in_dtype(tensor, box.dtype), any(kind != "plain" for kind in self._session.kinds.values())
+        return in_dtype(tensor, box.dtype), max(map(_grain, self._session.kinds.values()), default=EXACT)
 
     def who(self, rank: int) -> str:
         return f"{self.name} rank {rank}"
@@ -104,9 +106,9 @@ class CheckpointWeights:
     def digests(self, boxes: Sequence[Box]) -> list[int | str]:
         return [self._digest(box) for box in boxes]
 
-    def values(self, box: Box) -> tuple[Tensor, bool]:
+    def values(self, box: Box) -> tuple[Tensor, float]:
         parts = [part for _, part in self._parts(box)]
-        return torch.cat(parts) if len(parts) > 1 else parts[0], False
+        return torch.cat(parts) if len(parts) > 1 else parts[0], EXACT
 
     def who(self, rank: int) -> str:  # noqa: ARG002 - it has one
         return self.name
@@ -134,6 +136,17 @@ class CheckpointWeights:
         with safe_open(self._files[name], framework="pt") as file:
             tensor: Tensor = file.get_tensor(name)
         return tensor[tuple(slice(*ends) for ends in zip(region.starts, region.stops, strict=True))]
+
+
+def _grain(kind: str) -> float:
+    """How far from what was loaded an element may be that was had in this way."""
+    match kind:
+        case reading.INVERTED:
+            return RESOLUTION
+        case reading.THROUGH_KERNEL | reading.SHADOWED:
+            return 0.0
+        case _:
+            return EXACT
 
 
 def _files_of(folder: Path) -> dict[str, Path]:

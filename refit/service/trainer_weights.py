@@ -17,7 +17,7 @@ from refit.gen_side.desk import LATE_S
 from refit.gen_side.desk import RUN_ID as DESK
 from refit.plan import Plan, Region, TensorSpec
 from refit.plan.read import HeldCell
-from refit.service.diff import Box, DiffReport, diff, plain_report
+from refit.service.diff import EXACT, Box, DiffReport, diff, plain_report
 from refit.service.holders import EngineWeights
 from refit.service.reader import JobEngine, Reader
 from refit.service.waiting import collect
@@ -64,11 +64,11 @@ class TrainerWeights:
         found = self._on_all("weight_digests", asked, specs)
         return [int(value, 16) for value in found]
 
-    def values(self, box: Box) -> tuple[Tensor, bool]:
+    def values(self, box: Box) -> tuple[Tensor, float]:
         control = self._control.under(f"read-{secrets.token_hex(6)}")
         num_bytes = self._on_all("put_weights", self.specs[box.tensor], box.dtype, box.region, control.run_id)
         payload = control.take_bytes("bytes", num_bytes)
-        return torch.frombuffer(payload, dtype=torch_dtype(box.dtype)).view(box.region.shape), False
+        return torch.frombuffer(payload, dtype=torch_dtype(box.dtype)).view(box.region.shape), EXACT
 
     def who(self, rank: int) -> str:  # noqa: ARG002 - the export is of all of them
         return TRAINERS

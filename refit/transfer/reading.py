@@ -26,6 +26,7 @@ from refit.transfer.memory import as_bytes, copy_cast, strided_box, torch_dtype
 from refit.transfer.rendezvous import ControlStore
 
 PLAIN, THROUGH_KERNEL, REORDERED, SHADOWED = "plain", "through kernel", "reordered", "shadowed"
+INVERTED = "inverted"
 
 
 class Unreadable(RuntimeError):  # noqa: N818 - a finding about one parameter, told to who asked for it
@@ -38,7 +39,8 @@ class Readable:
 
     plain: the live memory itself. through kernel: what the kernel multiplies with; zeros have lost their sign.
     reordered: a copy of live memory with the kernel's permutation undone. shadowed: a head computes with a copy that
-    differs from its parameter; `tensor` is what it computes with.
+    differs from its parameter; `tensor` is what it computes with. inverted: the loader stores a function of it, which
+    was undone, see `inverse`.
     """
 
     kind: str
@@ -47,6 +49,10 @@ class Readable:
 
 class Memory(Protocol):
     """The parameters of one rank by their ParamSpec names."""
+
+    def manifest(self, described: RankManifest) -> RankManifest:
+        """`described`, and what can be read back beyond it."""
+        ...
 
     def param(self, name: str) -> Readable:
         """Raises Unreadable with the reason."""
@@ -121,7 +127,7 @@ class Reads:
         rank = str(holder.rank)
         match question["what"]:
             case "describe":
-                return {"manifest": encode_rank_manifest(holder.describe())}
+                return {"manifest": encode_rank_manifest(holder.memory().manifest(holder.describe()))}
             case "rows":
                 give, witness = question["give"].get(rank, ()), question["witness"].get(rank, ())
                 if not give and not witness:
@@ -141,7 +147,8 @@ class Reads:
     def _open(self, run_id: str, holder: Holder) -> Boxes:
         key = (run_id, holder.version)
         if self._boxes is None or self._boxes[:2] != key:
-            self._boxes = (*key, Boxes(holder.memory(), holder.describe()))
+            memory = holder.memory()
+            self._boxes = (*key, Boxes(memory, memory.manifest(holder.describe())))
         return self._boxes[2]
 
 

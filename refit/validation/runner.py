@@ -275,7 +275,7 @@ def _read(control: ControlStore, setting: Setting) -> list[str]:
     control.get(exported_key(VERSIONS[-1]), setting.timeout_s)
     try:
         tensors = read_tensors(setting.engine_folder(setting.exported(VERSIONS[-1])))
-        return list(read_faults(Reader(engine, control, setting.timeout_s), tensors, case.misc))
+        return list(read_faults(Reader(engine, control, setting.timeout_s), tensors))
     except Exception as error:
         return [f"{type(error).__name__}: {error}"]
     finally:

@@ -12,8 +12,10 @@ from refit.gen_side.lora import AdapterStaging, LoraSpec
 from refit.gen_side.staging import StagingError
 from refit.plan import Manifest, PlanError, RankManifest, TensorSpec, build_plan
 from refit.plan.naming import peft_names
+from refit.service.reader import JobEngine, Reader
 from refit.train_side.tiny_models import make_tiny_model
-from tests.gen_side.rounds import Rounds, manifest_of
+from tests.gen_side.checkpoints import tensors_of
+from tests.gen_side.rounds import TIMEOUT_S, Rounds, manifest_of
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
 
@@ -97,6 +99,18 @@ def test_each_version_of_the_adapter_answers_as_its_merged_checkpoint_and_reuses
         assert rounds.plan.misc_bytes == sum(tensor.nbytes for tensor in one.values())
         for found in rounds.audit():
             assert found["changed"] == [] and found["digests"] == rounds.trained_digests()
+
+
+def test_the_base_that_an_adapter_stands_on_is_read_back_under_its_own_names(case):
+    generator, (one, _), _, num_workers = case
+    base = tensors_of(generator._llm.llm_engine.model_config.model)
+    with Rounds(generator, copies(one), num_workers) as rounds:
+        assert rounds.refit(20, one)
+        reader = Reader(JobEngine(rounds.control, 0, num_workers), rounds.control, TIMEOUT_S)
+        assert {name: torch.equal(reader.read(name).tensor, base[name]) for name in base} == dict.fromkeys(
+            base, True
+        )
+        assert reader.read("model.norm.weight").version == 20
 
 
 def test_a_refused_adapter_leaves_the_old_one_serving(case):

@@ -7,11 +7,15 @@ import torch
 from safetensors.torch import save_file
 
 from refit.gen_side.generator import Generator, GenOptions, GenParallel
+from refit.plan import PlanError
+from refit.service.diff import diff
+from refit.service.holders import CheckpointWeights, EngineWeights
+from refit.service.reader import JobEngine, Reader
 from refit.train_side.tiny_models import make_tiny_model
 from refit.transfer.precision.checkpoint import quantize_checkpoint
 from refit.transfer.protocol import RefitReport, report_key
 from tests.gen_side.checkpoints import shifted, tensors_of
-from tests.gen_side.rounds import Rounds
+from tests.gen_side.rounds import TIMEOUT_S, Rounds
 from tests.gen_side.test_engine import BUILD_S, PROMPTS, greedy
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
@@ -97,6 +101,47 @@ def test_fp8_weights_and_kv_scales_arrive_as_if_loaded_from_disk_twice_in_a_row(
                 assert scales(generator) == wanted_scales  # set, not multiplied by the old ones
             assert rounds.refit(4, tensors_of(changed))
         assert greedy(generator) == goal_answers
+    finally:
+        generator.close()
+
+
+def decoded(tensors, name):
+    """A weight of the checkpoint as its blocks of 128 x 128 stand for it."""
+    weight, scale = tensors[name].float(), tensors[f"{name}_scale_inv"]
+    wide = scale.repeat_interleave(128, 0).repeat_interleave(128, 1)
+    return weight * wide[: weight.shape[0], : weight.shape[1]]
+
+
+@pytest.mark.slow
+@pytest.mark.processes
+def test_an_fp8_weight_is_read_as_stored_and_dequantized_from_a_live_engine(folders):
+    parallel = GenParallel(tensor=2)
+    generator = Generator.build(folders[0], parallel, GenOptions(kv_cache_dtype="fp8"), BUILD_S)
+    try:
+        with Rounds(generator, tensors_of(folders[0]), parallel.num_ranks) as rounds:
+            reader = Reader(JobEngine(rounds.control, 0, parallel.num_ranks), rounds.control, TIMEOUT_S)
+            for version, folder in enumerate(folders):
+                tensors = tensors_of(folder)
+                assert version == 0 or rounds.refit(version, tensors)
+                weights = [name for name, each in tensors.items() if each.dtype is torch.float8_e4m3fn]
+                assert len(weights) > 10
+                for name in weights:
+                    for part in (name, f"{name}_scale_inv"):
+                        stored = reader.read(part, version=version).tensor
+                        assert stored.dtype is tensors[part].dtype
+                        assert torch.equal(stored.view(torch.uint8), tensors[part].view(torch.uint8)), part
+                    goal = decoded(tensors, name)
+                    found = reader.read(name, version=version, dequantize=True)
+                    assert found.tensor.dtype is torch.float32 and torch.equal(found.tensor, goal), name
+                rows = slice(100, 200)  # of two blocks, neither of them whole
+                name = "model.layers.1.self_attn.q_proj.weight"
+                part = reader.read(name, rows, dequantize=True)
+                assert torch.equal(part.tensor, decoded(tensors, name)[rows])
+                assert part.ranks == (0,)
+                with pytest.raises(PlanError, match="is not stored quantized; read it without dequantize"):
+                    reader.read("model.norm.weight", dequantize=True)
+                report = diff(CheckpointWeights.open(folder), EngineWeights(reader))
+                assert report.equal and not set(report.skipped) & set(weights)
     finally:
         generator.close()
 

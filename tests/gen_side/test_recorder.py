@@ -84,3 +84,14 @@ def test_of_two_names_of_one_memory_the_first_is_written():
     with recorder:
         memory.copy_(source)
     assert recorder.writes[0].param == "first"
+
+
+def test_a_function_of_a_whole_parameter_carries_its_steps_and_that_of_a_part_does_not(scene):
+    param, source, recorder = scene
+    with recorder:
+        param[:6].copy_(source)
+        param.copy_(-torch.exp(param.float()))
+        param[:2].copy_(-torch.exp(param[:2]))
+        param.copy_(torch.exp(param).add_(1))
+        param.copy_(torch.exp(param.t()).t())
+    assert [write.steps for write in recorder.writes[1:]] == [("exp", "neg"), (), (), ()]

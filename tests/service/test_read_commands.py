@@ -64,6 +64,14 @@ def test_rows_are_printed_and_written(job, capsys, tmp_path):
     assert code == 0 and "[64], version 1, from ranks [0]" in text and "1 others agree" in text
 
 
+def test_without_a_name_all_that_the_engine_holds_is_listed(job, capsys):
+    folder, tensors, _, _ = job
+    code, text, _ = run(capsys, "read", "--run-dir", folder, "--json")
+    assert code == 0 and f"{EMBEDDING}  bfloat16 [259, 64]\n" in text
+    assert f"engine 0: {len(tensors)} tensors on 2 ranks, 0 not readable" in text
+    assert set(json.loads(text.splitlines()[-1])["tensors"]) == set(tensors)
+
+
 @pytest.mark.parametrize(
     ("words", "code", "message"),
     [
