@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -70,6 +71,7 @@ class CheckpointWeights:
         self._folder = folder
         self._shapes = shapes
         self._files = _files_of(folder)
+        self._opened: dict[Path, Any] = {}
         self._specs: dict[str, TensorSpec] = {}
         experts: dict[str, int] = {}
         for name, (shape, dtype) in shapes.items():
@@ -131,10 +133,12 @@ class CheckpointWeights:
         ]
 
     def _view(self, name: str, region: Region) -> Tensor:
-        from safetensors import safe_open
+        file = self._files[name]
+        if file not in self._opened:  # which costs as much as a digest of some 100 KiB
+            from safetensors import safe_open
 
-        with safe_open(self._files[name], framework="pt") as file:
-            tensor: Tensor = file.get_tensor(name)
+            self._opened[file] = safe_open(file, framework="pt")
+        tensor: Tensor = self._opened[file].get_tensor(name)
         return tensor[tuple(slice(*ends) for ends in zip(region.starts, region.stops, strict=True))]
 
 

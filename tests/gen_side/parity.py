@@ -1,9 +1,14 @@
-"""The parity harness: after each of two refits an engine's log-probabilities against those of a fresh one of one rank.
+"""The parity harness: after each of two refits an engine's log-probabilities against those of fresh ones of one rank.
 
-The same on a CPU and on GPUs; only layouts, dtypes and devices differ.
+The same on a CPU and on GPUs; only layouts, dtypes and devices differ. Pipeline stages change no sum, so that they must
+change no bit where kernels treat each row by itself (this CPU's do, as `noise` shows). Tensor parallelism adds up in
+parts: the *twin* of an engine is one of one rank that takes the same partial sums by the same kernels (`TwoParts`).
 """
 
+import functools
 from dataclasses import dataclass
+
+import torch
 
 from refit.gen_side.generator import Generator, GenOptions, GenParallel
 from refit.train_side.tiny_models import make_tiny_model
@@ -20,8 +25,7 @@ VOCABULARY = 256
 class Lesson:
     """A start checkpoint, two versions after it, and what a fresh engine of one rank says about each of these.
 
-    `noise` is how far that engine is from itself in batches of other shapes, `limit` how far another layout may be from
-    it: in bf16 twice as far as it is from the same weights in fp32, since both may be so far off, on either side.
+    `noise` is how far that engine is from itself in batches of other shapes.
     """
 
     precision: str
@@ -30,32 +34,72 @@ class Lesson:
     prompts: tuple
     scores: tuple
     noise: float
-    limit: float
+
+    @functools.cached_property
+    def twins(self):
+        """(scores of the twin of two tensor-parallel ranks, its noise) for each version."""
+        measure = functools.partial(noise_floor, prompts=self.prompts)
+        return [one_rank(each, self.precision, measure, adds_up_in_parts=True) for each in self.folders]
+
+    @functools.cached_property
+    def limit(self):
+        """For engines without a twin. In bf16 both may be as far off, on either side, as one rank is from fp32."""
+        if self.precision == "fp32":
+            return LOGPROB_LIMIT["fp32"]
+        exact = [one_rank(each, "fp32", lambda engine: engine.score(self.prompts)) for each in self.folders]
+        return 2 * max(largest_delta(*each) for each in zip(self.scores, exact, strict=True))
 
 
 def make_lesson(folder, model, precision, tensor):
     start = make_tiny_model(model, folder / "start", dtype=DTYPES[precision])
     folders = tuple(shifted(start, folder / f"changed{seed}", seed=seed) for seed in (1, 2))
     prompts = prompts_for(tensor, VOCABULARY)
-    scores, noises, roundings = [], [], []
-    for each in folders:
-        found, noise = one_rank(each, precision, lambda engine: noise_floor(engine, prompts))
-        scores.append(found)
-        noises.append(noise)
-        if precision == "bf16":
-            exact = one_rank(each, "fp32", lambda engine: engine.score(prompts))
-            roundings.append(largest_delta(found, exact))
-    limit = 2 * max(roundings) if roundings else LOGPROB_LIMIT["fp32"]
-    return Lesson(precision, start, folders, prompts, tuple(scores), max(noises), limit)
+    measure = functools.partial(noise_floor, prompts=prompts)
+    scores, noises = zip(*(one_rank(each, precision, measure) for each in folders), strict=True)
+    return Lesson(precision, start, folders, prompts, scores, max(noises))
 
 
-def one_rank(folder, precision, measure):
+def one_rank(folder, precision, measure, adds_up_in_parts=False):
     """What `measure` says of a fresh engine of one rank."""
     fresh = Generator.build(folder, GenParallel(), GenOptions(dtype=DTYPES[precision]), BUILD_S)
     try:
+        if adds_up_in_parts:
+            TwoParts.install(fresh, tensors_of(folder))
         return measure(fresh)
     finally:
         fresh.close()
+
+
+class TwoParts:
+    """A row-parallel layer on one rank that computes what two ranks would, half of the columns each, and adds it up."""
+
+    def __init__(self, weight):
+        from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
+
+        self.halves = []
+        for part in weight.chunk(2, dim=1):
+            half = torch.nn.Module()
+            half.weight = torch.nn.Parameter(part.contiguous(), requires_grad=False)
+            dispatch_cpu_unquantized_gemm(half, remove_weight=False)
+            self.halves.append(half)
+
+    def apply(self, layer, x, bias):
+        assert bias is None, f"{layer} has a bias"
+        first, second = (
+            half.cpu_linear(part.contiguous(), half.weight, None)
+            for half, part in zip(self.halves, x.chunk(2, dim=-1), strict=True)
+        )
+        return first + second
+
+    @classmethod
+    def install(cls, generator, tensors):
+        from vllm.model_executor.layers.linear import RowParallelLinear
+
+        model = generator._llm.llm_engine.model_executor.driver_worker.worker.model_runner.get_model()
+        found = [(n, m) for n, m in model.named_modules() if isinstance(m, RowParallelLinear)]
+        assert len(found) == 2 * len(model.model.layers), "the attention's output and down, of each layer"
+        for name, module in found:
+            module.quant_method = cls(tensors[f"{name}.weight"])
 
 
 def answers_of(generator, prompts):
@@ -64,16 +108,26 @@ def answers_of(generator, prompts):
 
 
 def two_refits(generator, parallel, lesson, first_version, device=None):
-    """Yield (version's index, Parity) after each refit; raises where one is not committed."""
+    """Yield (version's index, scores) after each refit; raises where one is not committed."""
     with Rounds(generator, tensors_of(lesson.start), parallel.num_ranks, device=device) as rounds:
         for index, folder in enumerate(lesson.folders):
             assert rounds.refit(first_version + index, tensors_of(folder))
-            found = generator.score(lesson.prompts)
-            yield index, compare(lesson.scores[index], found, lesson.noise, parallel.tensor)
+            yield index, generator.score(lesson.prompts)
 
 
-def require_parity(parity, lesson, name, index):
+def require_parity(found, lesson, parallel, index):
     """Print what was measured; fail beyond the limit."""
-    print(f"parity | {name} {lesson.precision} | refit {index + 1} | one rank to itself {parity.noise:.2e}, "
+    parity = compare(lesson.scores[index], found, lesson.noise, parallel.tensor)
+    print(f"parity | {parallel} {lesson.precision} | refit {index + 1} | one rank to itself {parity.noise:.2e}, "
           f"limit {lesson.limit:.2e} | length divides: {parity.divides} | does not: {parity.rest}")  # fmt: skip
     assert parity.gap.value <= lesson.limit, parity
+
+
+def require_twin(found, lesson, parallel, index):
+    """No further from the engine of one rank that takes the same sums than that one is from itself."""
+    scores, noise = (lesson.scores[index], lesson.noise) if parallel.tensor == 1 else lesson.twins[index]
+    parity = compare(scores, found, noise, parallel.tensor)
+    plain = largest_delta(lesson.scores[index], scores)
+    print(f"twin | {parallel} {lesson.precision} | refit {index + 1} | gap {parity.gap}, noise {noise:.2e} | "
+          f"the sums' parts make {plain:.2e}")  # fmt: skip
+    assert parity.gap.value <= noise, parity

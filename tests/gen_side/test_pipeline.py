@@ -13,7 +13,7 @@ from tests.gen_side.parity import (
     DTYPES,
     answers_of,
     make_lesson,
-    require_parity,
+    require_twin,
     two_refits,
 )
 from tests.gen_side.rounds import Rounds
@@ -59,11 +59,11 @@ def case(request, lessons):
     generator.close()
 
 
-def test_logprobs_equal_those_of_one_rank_within_the_noise_after_two_refits(case):
-    name, generator, parallel, lesson = case
+def test_logprobs_equal_those_of_one_rank_that_takes_the_same_sums_after_two_refits(case):
+    _, generator, parallel, lesson = case
     seen = []
-    for index, parity in two_refits(generator, parallel, lesson, first_version=1):
-        require_parity(parity, lesson, name, index)
+    for index, found in two_refits(generator, parallel, lesson, first_version=1):
+        require_twin(found, lesson, parallel, index)
         table = tensors_of(lesson.folders[index])["model.embed_tokens.weight"]
         embeddings = [table[list(prompt)] for prompt in lesson.prompts]
         by_ids, by_embeddings = answers_of(generator, lesson.prompts), answers_of(generator, embeddings)

@@ -39,8 +39,8 @@ def test_logprobs_equal_those_of_one_rank_within_the_noise_after_two_refits(layo
         live = generator.describe()
         assert live.sequence_parallel == sequence_parallel, live.sequence_off
         trainer = torch.device("cuda", parallel.num_ranks)
-        for index, parity in two_refits(generator, parallel, lesson, first_version=1, device=trainer):
-            require_parity(parity, lesson, layout, index)
+        for index, found in two_refits(generator, parallel, lesson, first_version=1, device=trainer):
+            require_parity(found, lesson, parallel, index)
             if not live.prompt_embeds:
                 continue
             table = tensors_of(lesson.folders[index])["model.embed_tokens.weight"]
