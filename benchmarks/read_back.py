@@ -59,6 +59,7 @@ class MemoryRanks:
         self.manifest, self.version, self.name = manifest, version, "engine 0"
         self.asked: list[int] = []
         self.unreadable: dict[str, str] = {}
+        self.kinds: dict[str, str] = {}
         self.broken = ""
         self._reads = [Reads() for _ in manifest.ranks]
         self.params = [
@@ -105,7 +106,7 @@ class _Params:
         self._ranks.asked.append(self._rank)
         if name in self._ranks.unreadable:
             raise Unreadable(self._ranks.unreadable[name])
-        return Readable(PLAIN, self._ranks.params[self._rank][name])
+        return Readable(self._ranks.kinds.get(name, PLAIN), self._ranks.params[self._rank][name])
 
 
 def make_model(config: Mapping[str, Any], layout: str) -> tuple[Manifest, dict[str, torch.Tensor]]:

@@ -264,7 +264,9 @@ def _compare(pair: _Pair, found: dict[tuple[str, str, str], _Found], skipped: Ma
     )
     wrong = as_bits(mine.contiguous()) != as_bits(theirs.contiguous())
     a, b = mine.to(torch.float64), theirs.to(torch.float64)
-    if grain != other_grain:  # two that were computed back alike are equal only where what is stored is
+    if (
+        min(grain, other_grain) <= 0.0
+    ):  # two that were computed back alike are equal only where what is stored is
         wrong &= ~((a - b).abs() <= max(grain, other_grain))
     if not bool(wrong.any()):
         return

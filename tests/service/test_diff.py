@@ -15,6 +15,8 @@ from refit.service.diff import Box, diff
 from refit.service.holders import CheckpointWeights, EngineWeights
 from refit.service.oracle import box_digests, box_of
 from refit.service.reader import Reader
+from refit.transfer.inverse import RESOLUTION
+from refit.transfer.reading import INVERTED, PLAIN, THROUGH_KERNEL
 from refit.transfer.rendezvous import ControlStore
 from tests.service.test_reader import DENSE, MOE
 
@@ -134,6 +136,36 @@ def test_a_wider_float_is_compared_after_rounding_and_what_cannot_be_compared_is
     with pytest.raises(PlanError, match="no tensor in common"):
         diff(engine(ranks, control), engine(ranks, control), "nothing.*")
     ranks.close()
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "is_equal"),
+    [
+        (PLAIN, -0.0, False),
+        (THROUGH_KERNEL, -0.0, True),
+        (THROUGH_KERNEL, RESOLUTION, False),
+        (INVERTED, RESOLUTION, True),
+        (INVERTED, 1.5 * RESOLUTION, False),
+        (INVERTED, float("nan"), False),
+    ],
+)
+def test_what_was_not_read_plainly_is_equal_as_far_as_it_can_be_told_and_two_engines_are_equal_exactly(
+    control, tmp_path, kind, change, is_equal
+):
+    name, (manifest, tensors) = "model.norm.weight", make_model(DENSE, "tp=2")
+    tensors[name] = torch.zeros_like(tensors[name])
+    checkpoint = CheckpointWeights.open(write_checkpoint(tensors, tmp_path))
+    engines = MemoryRanks(manifest, tensors), MemoryRanks(manifest, tensors)
+    for each in engines:
+        each.kinds[name] = kind
+    for params in engines[1].params:
+        params[name][7] = change
+    report = diff(checkpoint, engine(engines[1], control))
+    assert report.equal == is_equal
+    assert {one.index for one in report.differences} == (set() if is_equal else {(7,)})
+    assert diff(*(engine(each, control) for each in engines)).equal == (kind == THROUGH_KERNEL and is_equal)
+    for each in engines:
+        each.close()
 
 
 def test_the_benchmark_finds_its_bit_and_its_line_holds_what_is_quoted(capsys):
