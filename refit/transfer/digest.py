@@ -111,10 +111,7 @@ class Weighing:
     def partial(self, bits: Tensor) -> Tensor:
         """The sum over the contents alone, a wrapped int64 scalar on the device: `finish` makes it a digest."""
         words = _words(bits, self.per_word, self.lead, self.weights[-1].numel())
-        if words.dim() == 2:
-            total = row_products(words, self.weights[-1])
-        else:
-            total = dot(words, self.weights[-1]) + dot(words >> FOLD_BITS, self.weights[-1])
+        total = dot(words, self.weights[-1]) + dot(words >> FOLD_BITS, self.weights[-1])
         for by in reversed(self.weights[:-1]):
             total = dot(total, by)
         return total
