@@ -45,6 +45,11 @@ def _qwen3_wide(overrides: Mapping[str, Any]) -> Any:
     return _qwen3({**sizes, **overrides})
 
 
+def _qwen3_peaked(overrides: Mapping[str, Any]) -> Any:
+    """One whose frozen head can tell tokens apart: of 0.02 wide, no hidden state gets a logit above 2.6."""
+    return _qwen3({"initializer_range": 0.1, **overrides})
+
+
 def _qwen3_moe(overrides: Mapping[str, Any]) -> Any:
     from transformers import Qwen3MoeConfig
 
@@ -128,6 +133,7 @@ TINY_MODELS: Mapping[str, Callable[[Mapping[str, Any]], Any]] = MappingProxyType
     {
         "tiny-qwen3": _qwen3,
         "tiny-qwen3-wide": _qwen3_wide,
+        "tiny-qwen3-peaked": _qwen3_peaked,
         "tiny-qwen3-moe": _qwen3_moe,
         "tiny-qwen2.5": _qwen25,
         "tiny-llama": _llama,
