@@ -8,8 +8,8 @@ adapters at the end of every update, whatever came of it, so the worker then loa
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -26,8 +26,10 @@ from refit.plan.naming import peft_names
 from refit.plan.region import Region
 from refit.transfer.digest import whole_digest
 from refit.transfer.memory import dtype_name
+from refit.transfer.reading import PLAIN, Holder, Memory, Readable, Reads, Unreadable
 
 OPTIONS_KEY = "refit_lora"  # in vLLM's additional_config: the fields of LoraSpec
+_PARTS = ("tensors", "params", "holdings")
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM makes room for
 
 
@@ -100,6 +102,46 @@ class AdapterStaging:
         self.state, self.tensors = "discarded", {}
 
 
+class AdapterMemory:
+    """The base as it lives, and the adapter that vLLM was given. `changed`: which of vLLM's slots are no longer it."""
+
+    def __init__(
+        self,
+        base: Memory,
+        held: RankManifest,
+        adapter: Mapping[str, torch.Tensor],
+        changed: Callable[[], tuple[str, ...]],
+    ) -> None:
+        self._base = base
+        self._held = held
+        self._adapter = adapter
+        self._changed = changed
+
+    def manifest(self, described: RankManifest) -> RankManifest:
+        base = self._base.manifest(described)
+        parts = {part: (*getattr(base, part), *getattr(self._held, part)) for part in _PARTS}
+        return replace(base, **parts)
+
+    def param(self, name: str) -> Readable:
+        if name not in self._adapter:
+            return self._base.param(name)
+        changed = self._changed()
+        if changed:
+            raise Unreadable(f"vLLM's slots no longer hold the adapter that it was given, {changed[0]} first")
+        return Readable(PLAIN, self._adapter[name])
+
+
+class AdapterReads(Reads):
+    """Reads of a worker whose memory is more than its base: `wider` makes the one of the other."""
+
+    def __init__(self, wider: Callable[[Memory], Memory]) -> None:
+        super().__init__()
+        self._wider = wider
+
+    def answer(self, info: Mapping[str, Any], holder: Holder) -> None:
+        super().answer(info, replace(holder, memory=lambda: self._wider(holder.memory())))
+
+
 class RefitAdapterEngine(RefitWeightTransferEngine):
     """The weight transfer backend `refit-lora`."""
 
@@ -110,6 +152,8 @@ class RefitAdapterEngine(RefitWeightTransferEngine):
         self._adapter: dict[str, torch.Tensor] = {}
         self._loaded: dict[str, int] = {}
         self._lora: Any = None
+        self._held: RankManifest | None = None
+        self._reads = AdapterReads(self._with_adapter)
 
     def load_adapter(self, lora_manager: Any) -> None:
         """Give vLLM the adapter committed last, if there is one. Raises nothing: see `status`."""
@@ -156,7 +200,14 @@ class RefitAdapterEngine(RefitWeightTransferEngine):
         holdings = tuple(
             Holding(spec.name, Region.whole(spec.shape), spec.name, 0, (spec.shape[1], 1)) for spec in tensors
         )
-        return RankManifest("gen", gen_rank, stage, replica, tensors, params, holdings, ())
+        self._held = RankManifest("gen", gen_rank, stage, replica, tensors, params, holdings, ())
+        return self._held
+
+    def _with_adapter(self, base: Memory) -> Memory:
+        """The adapter can be read too, once there is one."""
+        if self._held is None or not self._adapter:
+            return base
+        return AdapterMemory(base, self._held, self._adapter, self._changed_slots)
 
     def _new_staging(self) -> AdapterStaging:
         return AdapterStaging(self._specs)
@@ -179,8 +230,9 @@ class RefitAdapterEngine(RefitWeightTransferEngine):
         """Digests of the adapter that vLLM was given, and which of vLLM's slots have changed since."""
         if not self._adapter:
             return AuditReport({}, {}, (), 0, 0, 0)
-        now = self._slots()
-        changed = tuple(sorted(name for name, value in now.items() if value != self._loaded[name]))
         digests = {name: whole_digest(tensor) for name, tensor in self._adapter.items()}
-        hashes = {name: f"{value:016x}" for name, value in now.items()}
-        return AuditReport(digests, hashes, changed, len(digests), 0, 0)
+        hashes = {name: f"{value:016x}" for name, value in self._slots().items()}
+        return AuditReport(digests, hashes, self._changed_slots(), len(digests), 0, 0)
+
+    def _changed_slots(self) -> tuple[str, ...]:
+        return tuple(sorted(name for name, value in self._slots().items() if value != self._loaded[name]))

@@ -101,16 +101,17 @@ def test_each_version_of_the_adapter_answers_as_its_merged_checkpoint_and_reuses
             assert found["changed"] == [] and found["digests"] == rounds.trained_digests()
 
 
-def test_the_base_that_an_adapter_stands_on_is_read_back_under_its_own_names(case):
+def test_the_base_and_the_adapter_on_it_are_read_back_under_their_own_names(case):
     generator, (one, _), _, num_workers = case
     base = tensors_of(generator._llm.llm_engine.model_config.model)
     with Rounds(generator, copies(one), num_workers) as rounds:
         assert rounds.refit(5, one)
         reader = Reader(JobEngine(rounds.control, 0, num_workers), rounds.control, TIMEOUT_S)
-        assert {name: torch.equal(reader.read(name).tensor, base[name]) for name in base} == dict.fromkeys(
-            base, True
-        )
-        assert reader.read("model.norm.weight").version == 5
+        wrong = [n for n, t in (base | one).items() if not torch.equal(reader.read(n).tensor, t)]
+        assert wrong == [] and len(reader.side.specs) == len(base | one)
+        row = reader.read("base_model.model.model.layers.0.mlp.up_proj.lora_B.weight", 3)
+        assert (row.version, row.tensor.shape) == (5, (1, 8))
+        assert row.ranks == (0,) and row.witnesses == tuple(range(1, num_workers))
 
 
 def test_a_refused_adapter_leaves_the_old_one_serving(case):
