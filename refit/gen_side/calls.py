@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from vllm.distributed.weight_transfer.base import WeightTransferInitInfo, WeightTransferUpdateInfo
 
 from refit.plan import ConfigError
@@ -57,17 +58,23 @@ class RefitUpdateInfo(WeightTransferUpdateInfo):
 
 
 class Background[T](threading.Thread):
-    """A step of a refit beside the model's own. `result` waits for it and raises what it raised."""
+    """A step of a refit beside the model's own. `result` waits for it and raises what it raised.
+
+    Where there is a device, the step goes into the stream of who starts it, so that it sees what was written there.
+    """
 
     def __init__(self, step: Callable[[], T]) -> None:
         super().__init__(name="refit-background", daemon=True)
         self._step = step
         self._error: Exception | None = None
         self._value: T | None = None
+        self._stream = torch.accelerator.current_stream() if torch.accelerator.is_available() else None
         self.start()
 
     def run(self) -> None:
         try:
+            if self._stream is not None:
+                torch.accelerator.set_stream(self._stream)
             self._value = self._step()
         except Exception as error:
             self._error = error

@@ -122,6 +122,7 @@ def exact(rank, address, parallel, dtype, start, coded, rounds=2):
         "kinds": checked.message()["kinds"],
         "digests": len(checked.digests),
         "processed": report.processed,
+        "ready": report.ready,
         "packed_ahead": report.packed_ahead,
         "attention": report.finished_attention,
         "misc": [(reason.tensor, reason.reason) for reason in trace.misc],

@@ -28,3 +28,6 @@ def test_staging_by_holdings_equals_the_loader_and_two_refits_equal_a_fresh_load
         assert found["wrong"] == []
         assert found["changed"] == ()
         assert found["misc"] == []
+        late = [name for name in found["processed"] if name not in found["ready"]]
+        assert all(name.endswith(".experts.routed_experts") for name in late), late
+        assert bool(late) == model.endswith("moe"), "a commit of dense models only copies"
