@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -61,11 +62,13 @@ class Background[T](threading.Thread):
     """A step of a refit beside the model's own. `result` waits for it and raises what it raised.
 
     Where there is a device, the step goes into the stream of who starts it, so that it sees what was written there.
+    It begins `after_s` from now.
     """
 
-    def __init__(self, step: Callable[[], T]) -> None:
+    def __init__(self, step: Callable[[], T], after_s: float = 0.0) -> None:
         super().__init__(name="refit-background", daemon=True)
         self._step = step
+        self._after_s = after_s
         self._error: Exception | None = None
         self._value: T | None = None
         self._stream = torch.accelerator.current_stream() if torch.accelerator.is_available() else None
@@ -75,6 +78,7 @@ class Background[T](threading.Thread):
         try:
             if self._stream is not None:
                 torch.accelerator.set_stream(self._stream)
+            time.sleep(self._after_s)
             self._value = self._step()
         except Exception as error:
             self._error = error

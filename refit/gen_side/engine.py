@@ -15,7 +15,6 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -30,12 +29,13 @@ from refit.gen_side.staging import CommitReport, Staging
 from refit.gen_side.trace import LoaderTrace, trace_loader
 from refit.plan import ParamSpec, RankManifest
 from refit.transfer.endpoint import Endpoint
-from refit.transfer.errors import RefitFailed, TransportError, take_all
+from refit.transfer.errors import RefitFailed, take_all
 from refit.transfer.protocol import FinishReport, audit_keys, finished_key
 from refit.transfer.reading import Holder, Reads
 from refit.transfer.rendezvous import ControlStore
 
 _log = logging.getLogger(__name__)
+ANSWER_FIRST_S = 0.005  # so long a worker's answer, for which requests wait, has the interpreter to itself
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +76,7 @@ class RefitWeightTransferEngine(WeightTransferEngine[RefitInitInfo, RefitUpdateI
         self._committed: Committed | None = None
         self._sealing: Background[Committed] | None = None
         self._decided: tuple[int, bool] | None = None
+        self._finished: dict[str, object] | None = None
         self._version: int | None = None
         self._broken = ""
         self._arrival: Background[RefitUpdateInfo] | None = None
@@ -141,7 +142,7 @@ class RefitWeightTransferEngine(WeightTransferEngine[RefitInitInfo, RefitUpdateI
             self._run("finish", self._finish)
 
     def settle(self) -> None:
-        """Wait for what a commit does in the background: digests of what is live now, for audits, and its report."""
+        """Wait for what a commit does in the background: digests of what is live now, for audits."""
         sealing, self._sealing = self._sealing, None
         if sealing is not None:
             self._committed = sealing.result()
@@ -157,13 +158,14 @@ class RefitWeightTransferEngine(WeightTransferEngine[RefitInitInfo, RefitUpdateI
             take_all((session.endpoint.close, session.control.close))
 
     def status(self) -> dict[str, Any]:
-        """{"state", "version", "phase", "reason"} of this worker.
+        """{"state", "version", "phase", "reason", "finished"} of this worker.
 
-        `version` is the last one committed here, None before the first. `phase` is the last call, `reason` why
-        it failed, or "".
+        `version` is the last one committed here, None before the first, and `finished` the FinishReport of that.
+        `phase` is the last call, `reason` why it failed, or "".
         """
         state = "broken" if self._broken else "staging" if self._staging is not None else "serving"
-        return {"state": state, "version": self._version, "phase": self._phase, "reason": self._reason}
+        outcome = {"phase": self._phase, "reason": self._reason, "finished": self._finished}
+        return {"state": state, "version": self._version, **outcome}
 
     def param_spec(self, param: str) -> ParamSpec:
         """The loader's shape and dtype of a parameter, as traced."""
@@ -236,21 +238,11 @@ class RefitWeightTransferEngine(WeightTransferEngine[RefitInitInfo, RefitUpdateI
         report = self._commit(staging)
         self._version = update.version
         self._staging = self._ready = None
-        finished = FinishReport(update.version, started_s, report.seconds, ready.staged_bytes)
-        put = partial(session.control.put, finished_key(update.attempt, session.gen_rank), finished.message())
-        if not was_told:
-            put()  # who has no other answer than this report waits for it
-        self._sealing = Background(lambda: self._sealed(staging, ready, put if was_told else None))
-        _log.info("%s serves version %d: %s", session.who, update.version, report)
-
-    def _sealed(self, staging: Staging, ready: Ready, put: Callable[[], None] | None) -> Committed:
-        """What nobody has to wait for after a commit."""
-        if put is not None:
-            try:
-                put()
-            except TransportError as error:  # the store is gone, so nobody will ask for this report
-                _log.warning("refit: version %d serves, its report was lost: %s", ready.update.version, error)
-        return self._seal(staging, ready)
+        self._finished = FinishReport(update.version, started_s, report.seconds, ready.staged_bytes).message()
+        if not was_told:  # who asks nothing but the store, and so has no other answer
+            session.control.put(finished_key(update.attempt, session.gen_rank), self._finished)
+        self._sealing = Background(lambda: self._seal(staging, ready), after_s=ANSWER_FIRST_S)
+        _log.info("%s serves version %d: %s", session.who, self._version, report)
 
     def _prepare(self, info: RefitInitInfo) -> None:
         self.shutdown()

@@ -92,6 +92,8 @@ class Generator:
         self._llm = llm
         self._requests = Requests(llm, self.weight_version)
         self._options = options
+        self.finish_reports: tuple[dict[str, object], ...] = ()
+        """What the last commit cost each worker: messages of FinishReport."""
         self._updating = False
         self._stop_tokens = stop_tokens
         self._children = children
@@ -337,6 +339,7 @@ class Generator:
         )
         self._require_one_version(states, version if commit else self._committed)
         if version is not None:
+            self.finish_reports = tuple(state["finished"] for state in states)
             self._llm.update_weight_version(str(version))
             self._committed = version
             if self._options.lora is not None:

@@ -297,11 +297,15 @@ class GenActor(Actor):
         with self._doing("stage"):
             self._generator.stage(version, attempt)
 
-    def finish(self, version: int, attempt: int) -> tuple[int, float]:
-        """Commit or discard as the coordinator decided. Returns (version that serves now, seconds without a token)."""
+    def finish(self, version: int, attempt: int) -> tuple[Any, ...]:
+        """Commit or discard as the coordinator decided; the fields of `rounds.Finish`, a report per worker last.
+
+        After a discard 0 seconds and no reports.
+        """
         with self._doing("finish"):
             committed = self._generator.finish(version, attempt)
-            return int(self._generator.weight_version()), self._generator.pause_s if committed else 0.0
+            cost = (self._generator.pause_s, *self._generator.finish_reports) if committed else (0.0,)
+            return (int(self._generator.weight_version()), *cost)
 
     def condition(self) -> str:
         """Why this engine can serve no more, or "" if it can; asks every worker."""

@@ -7,7 +7,7 @@ The keys and messages are those of `refit.transfer.protocol`.
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,7 +30,6 @@ from refit.transfer.protocol import (
 from refit.transfer.rendezvous import ControlStore
 
 DIGEST_MODULUS = 2**64
-FINISHED_POLL_S = 0.001
 SHOWN = 5  # how many mismatches a message spells out
 
 
@@ -62,6 +61,23 @@ class Mismatch:
             f"{self.tensor} on gen rank {self.gen_rank}: trainers sent digest {self.trained}, "
             f"the generator holds {self.generated}"
         )
+
+
+@dataclass(frozen=True, slots=True)
+class VerifyReport:
+    """What the engines hold now against what the trainers hold now.
+
+    `mismatches` are tensors whose live elements differ; `changed_params` names, per generator rank, live parameters
+    whose bytes are no longer those of the commit (found also where vLLM packs a layout that cannot be digested).
+    """
+
+    mismatches: tuple[Mismatch, ...]
+    changed_params: tuple[tuple[int, str], ...]
+    params_sha256: tuple[Mapping[str, str], ...]
+
+    @property
+    def ok(self) -> bool:
+        return not self.mismatches and not self.changed_params
 
 
 def agree_on_plan(control: ControlStore, terms: Terms, before: Plan | None = None) -> Plan:
@@ -123,21 +139,10 @@ def collect_reports(
     return reports
 
 
-def finished_reports(
-    control: ControlStore, plan: Plan, attempt: int, owing: Collection[int] = (), timeout_s: float = 0.0
-) -> dict[int, FinishReport]:
-    """What commits cost, by generator rank. Those of `owing` are waited for: their engines serve, and put it after."""
-    deadline, found = Deadline(timeout_s), {}
-    for rank in range(plan.num_gen):
-        while (
-            (message := control.peek(finished_key(attempt, rank))) is None
-            and rank in owing
-            and deadline.left_s
-        ):
-            time.sleep(FINISHED_POLL_S)
-        if message is not None:
-            found[rank] = FinishReport.of_message(message)
-    return found
+def finished_reports(control: ControlStore, plan: Plan, attempt: int) -> dict[int, FinishReport]:
+    """What commits cost, by generator rank. Does not wait: a rank puts it before its server says that it serves."""
+    found = {rank: control.peek(finished_key(attempt, rank)) for rank in range(plan.num_gen)}
+    return {rank: FinishReport.of_message(message) for rank, message in found.items() if message is not None}
 
 
 def mismatches_of(plan: Plan, reports: Mapping[int, Any]) -> tuple[Mismatch, ...]:

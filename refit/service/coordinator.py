@@ -17,11 +17,11 @@ import ray
 from refit.plan import Plan
 from refit.service.agreement import (
     Mismatch,
+    VerifyReport,
     agree_on_plan,
     collect_reports,
     compare,
     describe_mismatches,
-    finished_reports,
     mismatches_of,
     sent_digests,
 )
@@ -30,31 +30,21 @@ from refit.service.fleet import name_of, replica_of
 from refit.service.reader import Reader, reader_in_job
 from refit.service.refit_record import PlanRecord, RefitRecord, Round, record_plan, record_round
 from refit.service.roster import Roster, Supply, TrainerLost
-from refit.service.rounds import Joint, prepare_calls, settle_s, terms_of, together
+from refit.service.rounds import (
+    Finish,
+    Joint,
+    prepare_calls,
+    reports_by_rank,
+    settle_s,
+    terms_of,
+    together,
+)
 from refit.service.waiting import Answers, gather
 from refit.transfer.errors import Failure, RefitFailed, TransportError
 from refit.transfer.protocol import attempt_keys, audit_keys, decision_key
 from refit.transfer.rendezvous import ControlStore
 
 BUILD_TIMEOUT_S = 600.0  # longest wait for a replacement when no generator is left
-REPORT_S = 5.0  # longest wait for what commits cost; the record can do without
-
-
-@dataclass(frozen=True, slots=True)
-class VerifyReport:
-    """What the engines hold now against what the trainers hold now.
-
-    `mismatches` are tensors whose live elements differ; `changed_params` names, per generator rank, live parameters
-    whose bytes are no longer those of the commit (found also where vLLM packs a layout that cannot be digested).
-    """
-
-    mismatches: tuple[Mismatch, ...]
-    changed_params: tuple[tuple[int, str], ...]
-    params_sha256: tuple[Mapping[str, str], ...]
-
-    @property
-    def ok(self) -> bool:
-        return not self.mismatches and not self.changed_params
 
 
 @dataclass(frozen=True, slots=True)
@@ -331,7 +321,7 @@ class Coordinator:
         )
         staged_s = time.monotonic()
         staged = {who: actor for who, actor in staging.items() if who in joint.answers.results}
-        halt_s = self._finish(version, attempt, staged, joint)
+        finishes = self._finish(version, attempt, staged, joint)
         if joint.result is None:
             self._give_up(joint, "refit")
         decided = joint.result
@@ -340,33 +330,36 @@ class Coordinator:
             "stage": staged_s - started_s - decided.seconds,
             "verify": decided.seconds,
             "commit": time.monotonic() - staged_s,
-            "halt": halt_s,
+            "halt": max((finish.halt_s for finish in finishes.values()), default=0.0),
         }
-        owing = session.gen_ranks(fleet.serving) if not decided.reason else ()
-        finished = finished_reports(session.control, session.plan, attempt, owing, REPORT_S)
+        places = {replica: session.gen_ranks((replica,)) for replica in session.replicas}
+        finished = reports_by_rank(finishes, places)
         session.control.forget(attempt_keys(attempt))
         seen = Round(
             version, attempt, decided.reports, finished, decided.num_differing, decided.reason, driver
         )
         return record_round(session.plan_record, seen)
 
-    def _finish(self, version: int, attempt: int, staged: Mapping[str, Any], joint: Joint[_Decided]) -> float:
+    def _finish(
+        self, version: int, attempt: int, staged: Mapping[str, Any], joint: Joint[_Decided]
+    ) -> dict[str, Finish]:
         """Let those that have staged carry the decision out; without one they discard. Updates every state.
 
-        Returns the longest time that a replica sampled no token for it, in seconds. Raises _Lost when nobody committed
-        what was decided, TransportError when some serve the old version still.
+        Returns what came of it by name. Raises _Lost when nobody committed what was decided, TransportError when some
+        serve the old version still.
         """
         commit = joint.result is not None and not joint.result.reason
         calls = {who: actor.finish.remote(version, attempt) for who, actor in staged.items()}
         answers = gather(calls, "commit", 2 * self._timeout_s, settle_s=self._probe_s)
-        self._roster.settle(version, answers.results, commit)
+        finishes = {who: Finish.of_answer(answer) for who, answer in answers.results.items()}
+        self._roster.settle(version, {who: finish.version for who, finish in finishes.items()}, commit)
         self.leave_out(answers, "commit")
         if joint.result is not None and joint.cause is not None:
             self._roster.note(f"after the decision, which stands: {joint.cause}")
             self.leave_out(joint.answers, "refit")
         if commit:
             self._require_committed(version, answers.cause)
-        return max((halt_s for _, halt_s in answers.results.values()), default=0.0)
+        return finishes
 
     def _require_committed(self, version: int, cause: Failure | None) -> None:
         """Raises _Lost if nobody is left who could commit, TransportError if some serve an old version still."""

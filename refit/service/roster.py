@@ -103,10 +103,10 @@ class Roster:
                 raise TrainerLost(Failure(phase, who, f"lost, and nothing goes on without it: {reason}"))
         return tuple(name_of(replica) for replica in lost)
 
-    def settle(self, version: int, serving: Mapping[str, tuple[int, float]], commit: bool) -> None:
+    def settle(self, version: int, serving: Mapping[str, int], commit: bool) -> None:
         """Take in what each staging generator says it serves after a commit or a discard; silence changes nothing."""
         for replica in self.fleet.members:
-            state, (says, _) = self.fleet.state(replica), serving.get(name_of(replica), (None, 0.0))
+            state, says = self.fleet.state(replica), serving.get(name_of(replica))
             if state.kind != STAGING:
                 continue
             if commit and says == version:

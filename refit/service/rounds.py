@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -10,9 +10,11 @@ from typing import Any
 from refit.plan import DEFAULT_WHITELIST, PlanOptions
 from refit.service.agreement import Terms
 from refit.service.config import JobConfig
+from refit.service.fleet import name_of
 from refit.service.roster import TRAINER
 from refit.service.waiting import GRACE_S, Answers, gather
 from refit.transfer.errors import RefitFailed, TransportError
+from refit.transfer.protocol import FinishReport
 from refit.transfer.rendezvous import ControlStore
 
 SETTLE_S = (
@@ -38,6 +40,31 @@ class Joint[T]:
         if self.error is None and self.answers.silent:
             return TransportError(f"no answer from {', '.join(self.answers.silent)}")
         return self.error
+
+
+@dataclass(frozen=True, slots=True)
+class Finish:
+    """A generator's answer to `finish`: what it serves now, how long it sampled no token, and its workers' reports."""
+
+    version: int
+    halt_s: float
+    reports: tuple[FinishReport, ...]
+
+    @classmethod
+    def of_answer(cls, answer: Sequence[Any]) -> Finish:
+        version, halt_s, *messages = answer
+        return cls(version, halt_s, tuple(FinishReport.of_message(message) for message in messages))
+
+
+def reports_by_rank(
+    finishes: Mapping[str, Finish], ranks: Mapping[int, Sequence[int]]
+) -> dict[int, FinishReport]:
+    """By generator rank; `ranks` says which are a replica's. Who has not answered, or reports nothing, is missing."""
+    found: dict[int, FinishReport] = {}
+    for replica, mine in ranks.items():
+        finish = finishes.get(name_of(replica))
+        found |= dict(zip(mine, () if finish is None else finish.reports, strict=False))
+    return found
 
 
 def together[T](

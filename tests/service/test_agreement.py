@@ -24,17 +24,11 @@ from refit.plan import (
     build_plan,
     encode_rank_manifest,
 )
-from refit.service.agreement import (
-    Terms,
-    agree_on_plan,
-    describe_mismatches,
-    finished_reports,
-    mismatches_of,
-)
+from refit.service.agreement import Terms, agree_on_plan, describe_mismatches, mismatches_of
 from refit.service.config import JobConfig, PolicyConfig, RefitConfig
 from refit.service.rounds import whitelist_of
 from refit.transfer.errors import RefitFailed, TransportError
-from refit.transfer.protocol import OK, FinishReport, describe_key, digest_key, finished_key, ready_key
+from refit.transfer.protocol import OK, describe_key, digest_key, ready_key
 from refit.transfer.rendezvous import ControlStore
 
 UP = TensorSpec("model.layers.0.mlp.up_proj.weight", (4, 2), "bfloat16")
@@ -180,18 +174,6 @@ def test_a_failure_reported_by_anybody_ends_the_wait_at_once_with_its_cause(cont
     with pytest.raises(RefitFailed, match="gen 0: out of memory"):
         agree_on_plan(control, terms(30.0))
     timer.join()
-
-
-def test_a_report_that_is_put_after_a_commit_is_waited_for_and_one_of_the_dead_is_not(
-    control: ControlStore, plan: Plan
-) -> None:
-    report = FinishReport(3, 12.5, 0.25, 64)
-    assert finished_reports(control, plan, attempt=7) == {}
-    assert finished_reports(control, plan, attempt=7, owing=[0], timeout_s=0.05) == {}
-    late = threading.Timer(0.3, lambda: control.put(finished_key(7, 0), report.message()))
-    late.start()
-    assert finished_reports(control, plan, attempt=7, owing=[0], timeout_s=60.0) == {0: report}
-    late.join()
 
 
 def test_the_flag_and_force_misc_choose_what_may_be_bulk() -> None:
