@@ -7,7 +7,7 @@ as meta tensors (`model_loader.reload`). What is used here without being exporte
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -141,15 +141,17 @@ def place_live(module: torch.nn.Module) -> None:
         reload.reset()
 
 
-def finalize(model: torch.nn.Module, opened: torch.nn.Module, model_config: Any) -> tuple[str, ...]:
-    """Close the reload of `opened`, some modules of `model`, as vLLM does: attention layers last, then its own hook.
+def finalize(
+    model: torch.nn.Module, modules: Mapping[str, torch.nn.Module], opened: torch.nn.Module, model_config: Any
+) -> tuple[str, ...]:
+    """Close the reload of `opened`, some of the `modules` of `model`, as vLLM does: attention last, then its own hook.
 
     Attention layers outside it were given no scales; they derive anew what they derive from other weights.
     Returns the names of all attention layers.
     """
     inside = {id(module) for module in opened.modules()}
     _RELOAD.finalize_layerwise_reload(opened, model_config)
-    attention = [(name, module) for name, module in model.named_modules() if is_deferred(module)]
+    attention = [(name, module) for name, module in modules.items() if is_deferred(module)]
     for _, module in attention:
         if id(module) not in inside:
             module.process_weights_after_loading(model_config.dtype)

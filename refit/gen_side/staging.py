@@ -13,7 +13,7 @@ Extra memory: the weights of this worker once, in the loader's layout; on a CPU 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -36,7 +36,8 @@ from refit.gen_side.switch import Switch, plain
 from refit.gen_side.trace import LoaderTrace
 
 type Weights = Iterable[tuple[str, torch.Tensor]]
-type Addresses = dict[str, tuple[int, tuple[int, ...]]]
+type Addresses = dict[str, dict[str, tuple[int, tuple[int, ...]]]]
+"""Where each parameter of each module lies, and its shape."""
 
 
 class StagingError(RuntimeError):
@@ -112,7 +113,9 @@ class Staging:
     def pack_ahead(self) -> None:
         """Do what can be done beside the live model; nothing may be loaded after it. Safe beside steps of it."""
         self._require_open("pack_ahead")
-        self.switch, self.addresses = Switch.prepare(self.model, self.modules), _addresses(self.model)
+        self.switch = Switch.prepare(self.model, self.modules)
+        self.switch.moves += self._detached_views()
+        self.addresses = _addresses(dict(self.model.named_modules()))
 
     def commit(self, model_config: Any) -> CommitReport:
         """Process every staged module once, in place; the new version serves from here on. `release` comes after it.
@@ -121,14 +124,16 @@ class Staging:
         """
         self._require_open("commit")
         started = time.perf_counter()
-        addresses = self.addresses or _addresses(self.model)
+        modules = dict(self.model.named_modules())
+        addresses = self.addresses or _addresses(modules)
         self.state = "failed"
         try:
             with torch.no_grad():
-                self._write_detached_views()
+                if not self.addresses:  # nothing was made ready
+                    self.switch.moves += self._detached_views()
                 self.switch.run()
-                attention = self._process_late(model_config)
-            _check_live(self.model, addresses)
+                attention = self._process_late(modules, model_config)
+            _check_live(modules, addresses)
         except Exception as error:
             message = f"the commit failed: {error}; restart this engine or refit it in full"
             raise CommitFailed(message) from error
@@ -139,7 +144,13 @@ class Staging:
 
     def release(self) -> None:
         """Give back what the staging held, and what it has replaced."""
-        self.tensors, self.modules, self.attention_loads, self.switch = {}, {}, {}, Switch()
+        self.tensors, self.modules, self.attention_loads, self.switch, self.addresses = (
+            {},
+            {},
+            {},
+            Switch(),
+            {},
+        )
 
     def discard(self) -> None:
         """Forget the staging. The version that was live before `begin` is live."""
@@ -147,10 +158,9 @@ class Staging:
         self.state = "discarded"
         self.release()
 
-    def _process_late(self, model_config: Any) -> tuple[str, ...]:
+    def _process_late(self, modules: Mapping[str, torch.nn.Module], model_config: Any) -> tuple[str, ...]:
         """Let vLLM process what could not be made ready. Returns the attention layers, which are finished after it."""
         late = self.modules.keys() - self.switch.ready
-        modules = dict(self.model.named_modules())
         opened = torch.nn.ModuleList(
             module for name, module in modules.items() if name in late or name in self.attention_loads
         )
@@ -170,16 +180,20 @@ class Staging:
                     processed.add(name)
                 else:
                     place_live(module)
-            attention = finalize(self.model, opened, model_config)
+            attention = finalize(self.model, modules, opened, model_config)
         if processed != late:
             raise CommitFailed(f"staged modules were not processed: {sorted(late - processed)}")
         return attention
 
-    def _write_detached_views(self) -> None:
+    def _detached_views(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """(live, staged) of buffers that are views of a parameter's old memory, which kernels read."""
+        found = []
         for view, param in detached_views(self.model):
             if param in self.tensors:
                 staged = plain(self.tensors[param])
-                plain(view).copy_(staged.as_strided(view.size(), view.stride(), view.storage_offset()))
+                staged = staged.as_strided(view.size(), view.stride(), view.storage_offset())
+                found.append((plain(view), staged))
+        return found
 
     def _place(self, names: Iterable[str]) -> None:
         """Put the staging into these modules, which hold the loader's layout on meta tensors."""
@@ -271,18 +285,22 @@ def _require_memory(name: str, module: torch.nn.Module) -> None:
         raise CommitFailed(f"module {name} has no memory for {', '.join(meta)}")
 
 
-def _addresses(model: torch.nn.Module) -> Addresses:
+def _addresses(modules: Mapping[str, torch.nn.Module]) -> Addresses:
     return {
-        name: (tensor.data_ptr(), tuple(tensor.shape))
-        for name, tensor in model.named_parameters(remove_duplicate=False)
+        name: {
+            key: (tensor.data_ptr(), tuple(tensor.shape))
+            for key, tensor in module._parameters.items()
+            if tensor is not None
+        }
+        for name, module in modules.items()
     }
 
 
-def _check_live(model: torch.nn.Module, before: Addresses) -> None:
+def _check_live(modules: Mapping[str, torch.nn.Module], before: Addresses) -> None:
     """No tensor on meta, and each parameter where it was: captured graphs read those addresses."""
-    for name, module in model.named_modules():
+    for name, module in modules.items():
         _require_memory(name, module)
-    after = _addresses(model)
-    moved = sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
-    if moved:
-        raise CommitFailed(f"{len(moved)} parameters moved or changed shape, {moved[0]} first")
+    after = _addresses(modules)
+    if after != before:
+        moved = sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
+        raise CommitFailed(f"parameters of {len(moved)} modules moved or changed shape, {moved[0]} first")
