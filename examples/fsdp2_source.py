@@ -48,7 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     torch.manual_seed(rank)
 
     engines = [HttpEngine(arguments.url)]
-    first = next_version(engines)  # every rank asks for itself, before any of them prepares
+    first = next_version(engines)
+    dist.barrier()  # a server that prepares answers nobody else: each rank has asked before any begins
     refitter = None
     with ThreadPoolExecutor(1) as beside:
         if rank == 0:
