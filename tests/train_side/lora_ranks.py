@@ -74,21 +74,22 @@ def drawn(rank, world_size, address, folder, parallel):
 
 
 def handed_out(rank, world_size, address):
-    """A factor that all ranks hold whole, and one that is cut along each dim, drawn anew by every rank."""
+    """A factor that ranks 1 and 2 hold whole, and one that is cut between them along each dim, drawn anew by both."""
     import torch
     import torch.distributed as dist
 
     from refit.train_side.lora import hand_out
 
     dist.init_process_group("gloo", init_method=f"tcp://{address}", rank=rank, world_size=world_size)
+    group = dist.new_group([1, 2])
     results = []
-    for dim in (None, 0, 1):
+    for dim in (None, 0, 1) if rank else ():
         weight = torch.nn.Parameter(torch.zeros(2, 3))
         weight.tensor_model_parallel, weight.partition_dim = dim is not None, dim
         hand_out(
             weight,
-            dist.group.WORLD,
-            lambda shape: torch.arange(6.0 * world_size)[: _size(shape)].view(shape) + rank,
+            group,
+            lambda shape: torch.arange(12.0)[: _size(shape)].view(shape) + rank,
         )
         results.append(weight.tolist())
     dist.destroy_process_group()

@@ -89,9 +89,9 @@ def test_every_layout_starts_from_the_same_adapters_whatever_the_random_state_of
 
 
 def test_a_factor_comes_from_the_first_rank_of_its_group_whole_or_in_slices(trainers):
-    first, second = trainers.run(lora_ranks.handed_out, 2)
-    assert first == [[[0, 1, 2], [3, 4, 5]], [[0, 1, 2], [3, 4, 5]], [[0, 1, 2], [6, 7, 8]]]
-    assert second == [[[0, 1, 2], [3, 4, 5]], [[6, 7, 8], [9, 10, 11]], [[3, 4, 5], [9, 10, 11]]]
+    _, first, second = trainers.run(lora_ranks.handed_out, 3)
+    assert first == [[[1, 2, 3], [4, 5, 6]], [[1, 2, 3], [4, 5, 6]], [[1, 2, 3], [7, 8, 9]]]
+    assert second == [[[1, 2, 3], [4, 5, 6]], [[7, 8, 9], [10, 11, 12]], [[4, 5, 6], [10, 11, 12]]]
 
 
 def test_an_adapter_adds_no_reduction_of_activations_forwards_or_backwards(trainers, checkpoints):
