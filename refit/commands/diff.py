@@ -28,11 +28,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         )
     add_engine_arguments(parser)
     parser.add_argument("--only", default="*", metavar="PATTERN", help="tensors whose canonical name fits")
+    parser.add_argument(
+        "--strict", action="store_true", help="exit 1 also when some tensor could not be compared"
+    )
     parser.add_argument("--json", action="store_true", help="a JSON object as the last line of stdout")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """0 if nothing differs, 1 if something does or an engine gives no answer."""
+    """0 if nothing differs; 1 if something does, an engine gives no answer or (--strict) something was left out."""
     from refit.transfer.errors import RefitFailed, TransportError
 
     try:
@@ -43,7 +46,7 @@ def run(arguments: argparse.Namespace) -> int:
     _show(report)
     if arguments.json:
         print(json.dumps(report))
-    return 0 if report["equal"] else 1
+    return 0 if report["equal"] and not (arguments.strict and report["skipped"]) else 1
 
 
 def _by_the_job(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -107,7 +107,11 @@ def test_diff_names_tensor_index_and_rank_and_its_exit_code_tells(job, capsys):
     assert (found["name"], tuple(found["index"])) == ("model.layers.1.mlp.up_proj.weight", index)
     assert found["right"] == "engine 1 rank 1" and found["text"] in text
     assert run(capsys, "diff", "engine:0", "engine:1", "--run-dir", folder, "--only", "*.norm.*")[0] == 0
-    assert run(capsys, "diff", checkpoint, checkpoint)[0] == 0
+    assert run(capsys, "diff", checkpoint, checkpoint, "--strict")[0] == 0
+    part = write_checkpoint({EMBEDDING: tensors[EMBEDDING]}, folder / "part")
+    code, text, _ = run(capsys, "diff", checkpoint, part)
+    assert code == 0 and f"not compared: lm_head.weight: only {checkpoint} has it" in text
+    assert run(capsys, "diff", checkpoint, part, "--strict")[0] == 1
 
 
 @pytest.mark.parametrize(
