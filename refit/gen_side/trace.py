@@ -24,6 +24,7 @@ from refit.plan.collector import collector_paused
 from refit.plan.manifest import Holding, MiscReason, ParamSpec, RankManifest, TensorSpec, coalesce_holdings
 from refit.plan.naming import canonical
 from refit.plan.region import Region, first_overlap, uncovered
+from refit.transfer.memory import param_spec
 
 _log = logging.getLogger(__name__)
 
@@ -267,7 +268,7 @@ class _Compiler:
         shapes = self._canonical_shapes(names)
         tensors = tuple(TensorSpec(n, shapes[n][0], dtypes.get(n, shapes[n][1])) for n in sorted(names))
         used = sorted({h.param for h in holdings})
-        params = tuple(ParamSpec(p, tuple(self.slots[p].tensor.shape), _dtype(self.slots[p])) for p in used)
+        params = tuple(param_spec(p, self.slots[p].tensor) for p in used)
         written = frozenset(w.param for w in (*self.copied, *self.computed, *self.fills))
         written = frozenset(p for p in written if not self.slots[p].deferred)
         seen = (

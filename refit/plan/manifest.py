@@ -27,15 +27,24 @@ class TensorSpec:
 
 @dataclass(frozen=True, slots=True)
 class ParamSpec:
-    """One piece of memory that a framework stores on one rank."""
+    """One piece of memory that a framework stores on one rank.
+
+    `strides`: in elements, of memory that is not row-major; None where it is.
+    """
 
     name: str
     shape: tuple[int, ...]
     dtype: str
+    strides: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         _check_sizes(f"param {self.name!r}", self.name, self.shape)
         item_bytes(self.dtype)
+        if self.strides is not None and len(self.strides) != len(self.shape):
+            raise PlanError(
+                f"param {self.name!r}: shape {self.shape} has {len(self.shape)} dims"
+                f" but strides {self.strides} are given"
+            )
 
     @property
     def num_elements(self) -> int:

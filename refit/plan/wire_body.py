@@ -93,7 +93,7 @@ def _content(unit: _Unit, layers: tuple[int, int] | None) -> dict[str, Any]:
     param_number = {spec.name: number for number, spec in enumerate(unit.params)}
     return {
         "tensors": [[_template(spec.name, layers), spec.shape, spec.dtype] for spec in unit.tensors],
-        "params": [[_template(spec.name, layers), spec.shape, spec.dtype] for spec in unit.params],
+        "params": [[_template(spec.name, layers), *_param_out(spec)] for spec in unit.params],
         "holdings": [
             [
                 tensor_number[held.tensor],
@@ -107,6 +107,11 @@ def _content(unit: _Unit, layers: tuple[int, int] | None) -> dict[str, Any]:
         ],
         "misc": [[tensor_number[misc.tensor], misc.reason] for misc in unit.misc],
     }
+
+
+def _param_out(spec: ParamSpec) -> tuple[Any, ...]:
+    """Shape and dtype, and strides where they are not row-major: they are rare."""
+    return (spec.shape, spec.dtype) if spec.strides is None else (spec.shape, spec.dtype, spec.strides)
 
 
 def body_in(node: Node) -> Body:
@@ -151,8 +156,10 @@ def _unit_in(rows: list[tuple[Node, ...]], layers: tuple[int, int] | None) -> _U
         name, shape, dtype = row.row("name", "shape", "dtype")
         unit.tensors.append(TensorSpec(_name_in(name, layers, 0), shape.integers(), dtype.one_of(DTYPES)))
     for row in param_rows:
-        name, shape, dtype = row.row("name", "shape", "dtype")
-        unit.params.append(ParamSpec(_name_in(name, layers, 1), shape.integers(), dtype.one_of(DTYPES)))
+        try:
+            unit.params.append(_param_in(row, layers))
+        except PlanError as fault:
+            raise located(row, fault) from fault
     unit.holdings = list(_holdings_in(holding_rows, unit))
     for row in misc_rows:
         tensor, reason = row.row("tensor", "reason")
@@ -160,6 +167,13 @@ def _unit_in(rows: list[tuple[Node, ...]], layers: tuple[int, int] | None) -> _U
             MiscReason(unit.tensors[tensor.integer(0, len(unit.tensors) - 1)].name, reason.text())
         )
     return unit
+
+
+def _param_in(row: Node, layers: tuple[int, int] | None) -> ParamSpec:
+    last = ("strides",) if isinstance(row.value, list) and len(row.value) == 4 else ()
+    name, shape, dtype, *rest = row.row("name", "shape", "dtype", *last)
+    strides = rest[0].integers() if rest else None
+    return ParamSpec(_name_in(name, layers, 1), shape.integers(), dtype.one_of(DTYPES), strides)
 
 
 def _name_in(node: Node, layers: tuple[int, int] | None, side: int) -> str:

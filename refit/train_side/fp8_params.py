@@ -17,7 +17,7 @@ from torch import Tensor
 
 from refit.plan import Holding, ParamSpec, TensorSpec
 from refit.train_side.pieces import CannotLowerError
-from refit.transfer.memory import dtype_name
+from refit.transfer.memory import param_spec
 from refit.transfer.precision.formats import PrecisionError
 from refit.transfer.precision.fp8 import BLOCK, FP8_BLOCK
 from refit.transfer.precision.stored import BlockScales
@@ -82,7 +82,7 @@ def plain_memory(name: str, weight: Tensor) -> dict[str, Tensor]:
 
 
 def param_specs(memory: Mapping[str, Tensor]) -> Iterator[ParamSpec]:
-    return (ParamSpec(name, tuple(each.shape), dtype_name(each.dtype)) for name, each in memory.items())
+    return (param_spec(name, each) for name, each in memory.items())
 
 
 def parts_of(spec: TensorSpec) -> Iterator[TensorSpec]:

@@ -62,8 +62,16 @@ def copy_cast(target: Tensor, source: Tensor) -> None:
         target.copy_(source)
 
 
+def param_spec(name: str, tensor: Tensor) -> ParamSpec:
+    """What a manifest says of live memory."""
+    return ParamSpec(name, tuple(tensor.shape), dtype_name(tensor.dtype), _strides(tensor))
+
+
 def require_params(specs: Iterable[ParamSpec], params: Mapping[str, Tensor], who: str) -> None:
-    """Check live params against the manifest: a param that was re-created or cast since then must not be moved."""
+    """Check live params against the manifest: a param that was re-created or cast since then must not be moved.
+
+    Other strides would go unseen otherwise: both ends digest what the wrong elements hold.
+    """
     for spec in specs:
         tensor = params.get(spec.name)
         if tensor is None:
@@ -76,3 +84,13 @@ def require_params(specs: Iterable[ParamSpec], params: Mapping[str, Tensor], who
                 f"param {spec.name!r} of {who} is {found[1]} {found[0]}, but its manifest says {spec.dtype} "
                 f"{spec.shape}: the model changed after it was described; prepare the refit again"
             )
+        if _strides(tensor) != spec.strides:
+            raise TransportError(
+                f"param {spec.name!r} of {who} has strides {tensor.stride()}, but its manifest says "
+                f"{spec.strides or 'row-major'}: describe it with the strides that it has, and prepare the refit again"
+            )
+
+
+def _strides(tensor: Tensor) -> tuple[int, ...] | None:
+    """None for row-major memory, whatever torch gives as the stride of a dim of size one."""
+    return None if tensor.is_contiguous() else tensor.stride()

@@ -14,9 +14,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from refit.plan import Holding, ParamSpec, PlanError, RankManifest, Region, TensorSpec, canonical
+from refit.plan import Holding, PlanError, RankManifest, Region, TensorSpec, canonical
 from refit.transfer.endpoint import Endpoint
-from refit.transfer.memory import dtype_name
+from refit.transfer.memory import dtype_name, param_spec
 from refit.transfer.placements import Layout
 from refit.transfer.protocol import RefitReport
 
@@ -73,10 +73,7 @@ class ModelSource:
             tensors[stacked] = TensorSpec(stacked, shape, dtype_name(tensor.dtype))
             if not region.is_empty:
                 holdings.append(Holding(stacked, Region(starts, stops), name, 0, tuple(strides)))
-        params = tuple(
-            ParamSpec(name, tuple(tensor.shape), dtype_name(tensor.dtype))
-            for name, tensor in self.params().items()
-        )
+        params = tuple(param_spec(name, tensor) for name, tensor in self.params().items())
         return RankManifest("train", self._rank, 0, 0, tuple(tensors.values()), params, tuple(holdings), ())
 
     def params(self) -> dict[str, Tensor]:

@@ -49,6 +49,21 @@ def test_random_manifests_survive_the_wire(seed):
             assert decode_rank_manifest(encode_rank_manifest(rank)) == rank
 
 
+def test_strides_of_a_param_survive_the_wire_and_fit_its_shape():
+    tensor = TensorSpec("w", (2, 3), "float32")
+    holding = Holding("w", Region.whole((2, 3)), "w", 0, (1, 2))
+
+    def manifest(strides):
+        params = (ParamSpec("w", (2, 3), "float32", strides),)
+        return RankManifest("train", 0, 0, 0, (tensor,), params, (holding,), ())
+
+    for strides in ((1, 2), None):
+        assert decode_rank_manifest(encode_rank_manifest(manifest(strides))) == manifest(strides)
+    wrong = encode_rank_manifest(manifest((1, 2))).replace('"float32",[1,2]]', '"float32",[1]]')
+    with pytest.raises(PlanError, match=r"^\$\.body\[0\]\.params\[0\].*2 dims but strides \(1,\)"):
+        decode_rank_manifest(wrong)
+
+
 def test_layered_manifests_survive_the_wire_with_virtual_stages_and_uneven_layers():
     model = small(7)
     for mesh in (
