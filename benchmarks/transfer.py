@@ -328,7 +328,8 @@ class Bench:
         """The same bytes between the same pairs, in pieces of at most a bucket, from and into flat buffers."""
         waiting = []
         for stage in self.stages:
-            transport = self.groups.stages[stage.stage].transport
+            transport = self.groups.stages[stage.stage].collectives
+            assert transport is not None, "a gloo group moves parcels by another transport than its own"
             sends, receives = pair_bytes(stage.rounds)
             for tag in range(max([0, *(-(-n // self.bucket_bytes) for n in (sends | receives).values())])):
                 out = [Parcel(peer, part) for peer, part in self._parts(sends, tag)]

@@ -14,7 +14,7 @@ Extra memory of a call: the slots, at most 2 * bucket_bytes of the plan's option
 
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -23,14 +23,17 @@ from torch import Tensor
 from refit.plan import Plan
 from refit.transfer.compiled import CompiledParcel, CompiledRound, CompiledStage, Move
 from refit.transfer.errors import TransportError
+from refit.transfer.gather import Gather
 from refit.transfer.groups import Group
 from refit.transfer.memory import as_bytes, strided_box
 from refit.transfer.report import DIGEST, PACK, UNPACK, WIRE, BulkReport, Tally
 from refit.transfer.runs import LiveParams
+from refit.transfer.tcp import TcpTransport
 from refit.transfer.transport import Parcel, Ticket
 from refit.transfer.workspace import Workspace
 
 MOST_SLOTS = 16
+NO_BYTES = torch.empty(0, dtype=torch.uint8)
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +103,7 @@ class _StageMover:
         stage = job.stage
         self._params = job.workspace.live_params(stage, job.params)
         self._bases = _kernel_bases(self._params, job)
+        self._gathers = isinstance(job.group.transport, TcpTransport)
         self._sums = torch.zeros(len(stage.sums), dtype=torch.int64, device=job.device)
         self.num_slots = num_slots(stage, job.plan.options.bucket_bytes)
         self._slots = job.workspace.slots(self.num_slots, stage.slot_bytes, job.device)
@@ -108,20 +112,29 @@ class _StageMover:
     def start(self, round_: CompiledRound, slot: int) -> Flight:
         """Pack a round into a slot and put it on the wire."""
         clock = time.perf_counter()
-        sends = tuple(self._boxed(parcel, slot) for parcel in round_.sends)
-        receives = tuple(self._boxed(parcel, slot) for parcel in round_.receives)
+        sends = self._touched(round_.sends, slot)
+        receives = self._touched(round_.receives, slot)
         for boxed in sends:
-            self._copy(boxed, is_pack=True)
-            self.tally.bytes_sent += boxed.parcel.payload_bytes
+            if self._is_copied(boxed.parcel):
+                self._copy(boxed, is_pack=True)
+        self.tally.bytes_sent += sum(parcel.payload_bytes for parcel in round_.sends)
         self.tally.clock(PACK, clock)
-        try:
-            ticket = self.job.group.transport.post(
-                self._outward(sends), self._outward(receives), round_.index
+        if self._gathers:
+            out, into = (
+                self._gathered(round_.gathered_sends, slot),
+                self._gathered(round_.gathered_receives, slot),
             )
+        else:
+            out, into = self._outward(sends), self._outward(receives)
+        try:
+            ticket = self.job.group.transport.post(out, into, round_.index)
         except TransportError as error:
             raise self._explained(round_, error) from error
         clock = time.perf_counter()
         if self.job.with_digests:
+            for boxed in sends:
+                if not self._is_copied(boxed.parcel):
+                    self._copy(boxed, is_pack=True)
             self._weigh(sends)
             self.tally.clock(DIGEST, clock)
         return Flight(round_, sends, receives, ticket)
@@ -136,8 +149,9 @@ class _StageMover:
         clock = self.tally.clock(WIRE, clock)
         self._copy_local(flight)
         for boxed in flight.receives:
-            self._copy(boxed, is_pack=False)
-            self.tally.bytes_received += boxed.parcel.payload_bytes
+            if self._is_copied(boxed.parcel):
+                self._copy(boxed, is_pack=False)
+        self.tally.bytes_received += sum(parcel.payload_bytes for parcel in flight.round.receives)
         clock = self.tally.clock(UNPACK, clock)
         if self.job.with_digests:
             for boxed in flight.receives:
@@ -149,6 +163,22 @@ class _StageMover:
         """Put the sums of the stage into the tally."""
         if self.job.with_digests:
             self.tally.add_digests(self.job.stage.sums, self._sums.tolist())
+
+    def _is_copied(self, parcel: CompiledParcel) -> bool:
+        """False where the transport takes the bytes from the params, or puts them there, by itself."""
+        return parcel.rows is None or not self._gathers
+
+    def _touched(self, parcels: Sequence[CompiledParcel], slot: int) -> tuple[Boxed, ...]:
+        """The parcels that are copied or weighed here."""
+        with_digests = self.job.with_digests
+        return tuple(self._boxed(p, slot) for p in parcels if with_digests or self._is_copied(p))
+
+    def _gathered(self, parts: Sequence[Gather], slot: int) -> list[Parcel]:
+        if not parts:
+            return []
+        own = torch.tensor([self._slots[slot].data_ptr()])
+        places = torch.cat([self._params.addresses, own])
+        return [Parcel(part.peer, NO_BYTES, part.pieces(places)) for part in parts]
 
     def _boxed(self, parcel: CompiledParcel, slot: int) -> Boxed:
         if parcel.slot_byte is None:

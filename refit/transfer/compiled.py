@@ -17,6 +17,7 @@ import torch
 
 from refit.plan import Bucket, Plan, PlanOptions, Region, Round, Segment, StagePlan
 from refit.plan.options import ALIGNMENT_BYTES
+from refit.transfer.gather import SLOT, Gather, Rows, rows_of_moves
 from refit.transfer.memory import bits_dtype, torch_dtype
 from refit.transfer.runs import Runs, RunsInMaking, is_run, row_major
 from refit.transfer.weighing import ParcelWeighing, WeighingInMaking
@@ -75,7 +76,8 @@ class CompiledParcel:
 
     `slot_byte`: where it is packed in the slot of its round; None: it is sent from, or received into, the param of its
     only move. `runs` and `boxes` are the copies between the parcel and the params: contiguous runs, and the others.
-    `kernels` does the same copies, and the digests, in one launch each where kernels can run.
+    `kernels` does the same copies, and the digests, in one launch each where kernels can run. `rows`: its boxes in the
+    params, for a transport that gathers; None where that one too gets it packed.
     """
 
     peer: int
@@ -87,16 +89,29 @@ class CompiledParcel:
     boxes: tuple[Move, ...]
     weighing: ParcelWeighing
     kernels: "ParcelKernels | None"
+    rows: tuple[Rows, ...] | None
+
+    def places(self) -> tuple[Rows, ...]:
+        """Where its bytes lie for a transport that gathers."""
+        if self.rows is not None:
+            return self.rows
+        assert self.slot_byte is not None, "a parcel without a place in the slot is one run"
+        return (Rows(SLOT, self.slot_byte, (), (), self.num_bytes),)
 
 
 @dataclass(frozen=True, slots=True)
 class CompiledRound:
-    """A round with its parcels, in the order of the plan; same index as in the plan. A slot holds `slot_bytes`."""
+    """A round with its parcels, in the order of the plan; same index as in the plan. A slot holds `slot_bytes`.
+
+    For a transport that gathers, the parcels of a pair are one: `gathered_sends` and `gathered_receives`.
+    """
 
     index: int
     sends: tuple[CompiledParcel, ...]
     receives: tuple[CompiledParcel, ...]
     slot_bytes: int
+    gathered_sends: tuple[Gather, ...] = ()
+    gathered_receives: tuple[Gather, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,7 +203,18 @@ class _StageInMaking:
                     parcels.append(parcel)
                     used += 0 if parcel.slot_byte is None else _aligned(num_bytes)
             sides.append(tuple(parcels))
-        return CompiledRound(round_.index, sides[0], sides[1], used)
+        gathered = [self._gathered(parcels) for parcels in sides]
+        return CompiledRound(round_.index, sides[0], sides[1], used, gathered[0], gathered[1])
+
+    def _gathered(self, parcels: Sequence[CompiledParcel]) -> tuple[Gather, ...]:
+        """One per peer; on CUDA none, since no transport gathers there."""
+        if self._device.type != "cpu":
+            return ()
+        places: dict[int, list[Rows]] = {}
+        for parcel in parcels:
+            if parcel.peer != self._rank:
+                places.setdefault(parcel.peer, []).extend(parcel.places())
+        return tuple(Gather.of(peer, rows) for peer, rows in places.items())
 
     def _parcel(
         self, peer: int, segments: Sequence[Segment], num_bytes: int, used: int, is_send: bool
@@ -199,6 +225,9 @@ class _StageInMaking:
         runs, boxes = self.runs.of(moves)
         dst_rank = peer if is_send else self._rank
         weighing = self.weighing.of(moves, dst_rank)
+        rows = None
+        if self._device.type == "cpu" and peer != self._rank:
+            rows = rows_of_moves(moves, [self.runs.positions[s.param] for s in segments])
         return CompiledParcel(
             peer,
             num_bytes,
@@ -209,6 +238,7 @@ class _StageInMaking:
             boxes,
             weighing,
             self._kernels(segments, dst_rank, is_direct),
+            None if rows is None else tuple(rows),
         )
 
     def _kernels(self, segments: Sequence[Segment], dst_rank: int, is_direct: bool) -> "ParcelKernels | None":

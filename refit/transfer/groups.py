@@ -2,12 +2,12 @@
 
 One group per trainer stage (its trainers and all generators) and one for misc (trainer 0 and all generators). Each has
 its own connections, so threads that run different stages never share one. Bulk parcels may go another way than the
-process group, by `transport`; broadcasts and the golden path always use the process group.
+process group, by `transport`, and beside gloo they always do; broadcasts and the golden path use the process group.
 """
 
 import ipaddress
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import cast
@@ -16,15 +16,21 @@ from torch import Tensor
 from torch._C._distributed_c10d import BroadcastOptions, ProcessGroup, ProcessGroupGloo, Store, Work
 
 from refit.plan import ConfigError, Plan
-from refit.transfer import ipc_link, nixl_link
+from refit.transfer import ipc_link, nixl_link, tcp_links
 from refit.transfer.bounded import BoundedCalls
 from refit.transfer.errors import TransportError, take_all
-from refit.transfer.protocol import PROCESS_GROUP, TRANSPORTS
+from refit.transfer.protocol import CUDA_IPC, NIXL, PROCESS_GROUP, TRANSPORTS
 from refit.transfer.rendezvous import ANSWER_S, ControlStore
 from refit.transfer.transport import ProcessGroupTransport, Transport, wait_for_work
 
 BACKENDS = ("gloo", "nccl")
 MISC = "misc"
+# Beside a gloo group bulk has TCP connections of its own: gloo asks before each parcel, and takes only packed bytes.
+WAYS: Mapping[str, Callable[[ControlStore, str, tuple[int, ...], int, float], Transport]] = {
+    PROCESS_GROUP: tcp_links.open_transport,
+    NIXL: nixl_link.open_transport,
+    CUDA_IPC: ipc_link.open_transport,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,17 +151,12 @@ def open_group(
     finally:
         calls.close()
     collectives = ProcessGroupTransport(process_group, ranks, rank)
-    match transport:
-        case "process_group":
-            return Group(name, ranks, rank, collectives, process_group)
-        case "nixl":
-            way = nixl_link.open_transport(control, name, ranks, rank, deadline)
-            return Group(name, ranks, rank, way, process_group, collectives)
-        case "cuda_ipc":
-            way = ipc_link.open_transport(control, name, ranks, rank, deadline)
-            return Group(name, ranks, rank, way, process_group, collectives)
-        case _:
-            raise ConfigError(f"refit.transport is {transport!r}; it can be one of {', '.join(TRANSPORTS)}")
+    if transport == PROCESS_GROUP and backend != "gloo":
+        return Group(name, ranks, rank, collectives, process_group)
+    if transport not in WAYS:
+        raise ConfigError(f"refit.transport is {transport!r}; it can be one of {', '.join(TRANSPORTS)}")
+    way = WAYS[transport](control, name, ranks, rank, deadline)
+    return Group(name, ranks, rank, way, process_group, collectives)
 
 
 def _process_group(

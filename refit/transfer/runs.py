@@ -9,7 +9,7 @@ from array import array
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from operator import is_, lt
+from operator import lt
 from typing import TYPE_CHECKING, Protocol
 from weakref import ref
 
@@ -138,17 +138,25 @@ class RunsInMaking:
         return Runs(Moves.of(merged), rows, Moves.of(rest)), tuple(boxes)
 
 
-@dataclass(frozen=True, slots=True)
 class Seen:
-    """Params that a refit before this one looked at: the tensors, held weakly, and where they began."""
+    """Params that a refit before this one looked at: which tensors, while all of them live, and where they began."""
 
-    tensors: tuple["ref[Tensor]", ...]
-    pointers: "array[int]"
+    def __init__(self, tensors: Sequence[Tensor], pointers: "array[int]") -> None:
+        self._are_alive = True
+        self._watched = tuple(ref(tensor, self._forget) for tensor in tensors)
+        self._ids = _ids(tensors)
+        self._pointers = pointers.tobytes()
+
+    def _forget(self, _: "ref[Tensor]") -> None:
+        self._are_alive = False  # another tensor may get the same id from now on
 
     def are(self, tensors: Sequence[Tensor], pointers: "array[int]") -> bool:
-        """True if they are the same tensors at the same addresses."""
-        same = len(self.tensors) == len(tensors) and self.pointers == pointers
-        return same and all(map(is_, [tensor() for tensor in self.tensors], tensors))
+        """True if they are the same tensors at the same addresses. Touches none: each would be a cache miss."""
+        return self._are_alive and self._pointers == pointers.tobytes() and self._ids == _ids(tensors)
+
+
+def _ids(tensors: Sequence[Tensor]) -> bytes:
+    return array("Q", list(map(id, tensors))).tobytes()
 
 
 class LiveParams:
@@ -168,10 +176,10 @@ class LiveParams:
         self._params = params
         self._bits: dict[str, Tensor] = {}
         tensors = list(map(params.__getitem__, dtypes))
-        pointers = array("q", map(Tensor.data_ptr, tensors))
+        pointers = array("q", list(map(Tensor.data_ptr, tensors)))
         if seen is None or not seen.are(tensors, pointers):
             _require_all(tensors, dtypes, reach_bytes)
-            seen = Seen(tuple(map(ref, tensors)), pointers)
+            seen = Seen(tensors, pointers)
         self.seen = seen
         self.addresses = torch.frombuffer(pointers, dtype=torch.int64) if pointers else NO_ADDRESSES
         self.is_word_aligned = not bool((self.addresses % WORD_BYTES).any())
@@ -209,7 +217,7 @@ def _require(name: str, tensor: Tensor, dtype: torch.dtype, reach_bytes: int) ->
 
 def is_run(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
     """True if a box of these strides is contiguous in row-major order."""
-    return _inner_dims(shape, strides) == len(shape)
+    return inner_dims(shape, strides) == len(shape)
 
 
 def row_major(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -222,7 +230,7 @@ def row_major(shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(reversed(strides))
 
 
-def _inner_dims(shape: Sequence[int], strides: Sequence[int]) -> int:
+def inner_dims(shape: Sequence[int], strides: Sequence[int]) -> int:
     """How many of the last dims lie in memory without gaps."""
     step, count = 1, 0
     for size, stride in zip(reversed(shape), reversed(strides), strict=True):
@@ -237,7 +245,7 @@ def _runs(move: HasRuns, param: int) -> list[Run] | None:
     """Each run of a box; None if there are too many."""
     segment = move.segment
     item_bytes = torch_dtype(segment.wire_dtype).itemsize
-    num_outer = len(segment.shape) - _inner_dims(segment.shape, segment.strides)
+    num_outer = len(segment.shape) - inner_dims(segment.shape, segment.strides)
     offsets = [segment.offset]
     for size, stride in zip(segment.shape[:num_outer], segment.strides[:num_outer], strict=True):
         if size * len(offsets) > MAX_RUNS:

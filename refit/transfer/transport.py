@@ -20,10 +20,25 @@ SHORTEST_WAIT_S = 0.001  # gloo takes 0 for "no limit"
 
 @dataclass(frozen=True, slots=True)
 class Parcel:
-    """`payload` (contiguous uint8, one dim) goes to, or comes from, joint rank `peer`."""
+    """`payload` (contiguous uint8, one dim) goes to, or comes from, joint rank `peer`.
+
+    `pieces`, only for a transport that gathers: the bytes lie there instead, in this order, and `payload` is empty. An
+    int64 tensor [n, 2] of address and bytes; the memory is the caller's to keep.
+    """
 
     peer: int
     payload: Tensor
+    pieces: Tensor | None = None
+
+    @property
+    def num_bytes(self) -> int:
+        return self.payload.numel() if self.pieces is None else int(self.pieces[:, 1].sum())
+
+    def places(self) -> Tensor:
+        """Where the bytes lie, as `pieces`."""
+        if self.pieces is not None:
+            return self.pieces
+        return torch.tensor([[self.payload.data_ptr(), self.payload.numel()]])
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,11 +126,9 @@ class ProcessGroupTransport:
             try:
                 operation.work.wait(timedelta(seconds=left_s))
             except RuntimeError as error:
-                late = [o.parcel for o in ticket[number:]]
                 raise TransportError(
                     f"{describe(operation.direction, operation.parcel)} failed after "
-                    f"{time.monotonic() - start:.1f} s, {sum(p.payload.numel() for p in late)} bytes with ranks "
-                    f"{sorted({p.peer for p in late})} outstanding: {error}"
+                    f"{time.monotonic() - start:.1f} s, {outstanding(ticket[number:])}: {error}"
                 ) from error
         if ticket and ticket[0].parcel.payload.is_cuda:
             wait_for_stream(torch.cuda.current_stream(), deadline)
@@ -179,7 +192,13 @@ class ProcessGroupTransport:
 def describe(direction: str, parcel: Parcel) -> str:
     """Words for one transfer in a message."""
     word = "to" if direction == SEND else "from"
-    return f"{direction} of {parcel.payload.numel()} bytes {word} rank {parcel.peer}"
+    return f"{direction} of {parcel.num_bytes} bytes {word} rank {parcel.peer}"
+
+
+def outstanding(operations: Sequence[Operation]) -> str:
+    """Words on what is not done yet, for a message."""
+    num_bytes = sum(operation.parcel.num_bytes for operation in operations)
+    return f"{num_bytes} bytes with ranks {sorted({o.parcel.peer for o in operations})} outstanding"
 
 
 def wait_for_work(words: str, work: Work, deadline: float) -> None:

@@ -48,15 +48,16 @@ LIMIT_S = 120.0
 
 def arm(actor: Any, place: str, kind: str) -> None:
     """In the engine's process: the next call of one step of the refit is struck, once."""
+    import ctypes
     import os
     import signal
     import time as clock
 
     import refit.gen_side.staging as staging
     from refit.transfer.endpoint import Endpoint
-    from refit.transfer.transport import ProcessGroupTransport
+    from refit.transfer.tcp import TcpTransport
 
-    owner = {"commit": staging.Staging, "wait": ProcessGroupTransport}.get(place, Endpoint)
+    owner = {"commit": staging.Staging, "wait": TcpTransport}.get(place, Endpoint)
     original = getattr(owner, place)
 
     def struck(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -72,8 +73,8 @@ def arm(actor: Any, place: str, kind: str) -> None:
                 raise ValueError("a test breaks this engine")
         answer = original(self, *args, **kwargs)
         if kind == "corrupt":
-            received = [one.parcel.payload for one in args[0] if one.direction == "receive"]
-            received[0][0] ^= 1
+            received = next(one.parcel for one in args[0] if one.direction == "receive")
+            ctypes.c_uint8.from_address(int(received.places()[0, 0])).value ^= 1
         return answer
 
     setattr(owner, place, struck)
@@ -83,9 +84,9 @@ def has_struck(actor: Any, place: str) -> bool:
     """Whether nothing waits for that step any more, in an engine's process that lived through it."""
     import refit.gen_side.staging as staging
     from refit.transfer.endpoint import Endpoint
-    from refit.transfer.transport import ProcessGroupTransport
+    from refit.transfer.tcp import TcpTransport
 
-    owner = {"commit": staging.Staging, "wait": ProcessGroupTransport}.get(place, Endpoint)
+    owner = {"commit": staging.Staging, "wait": TcpTransport}.get(place, Endpoint)
     return getattr(owner, place).__name__ != "struck"
 
 

@@ -9,6 +9,7 @@ from typing import Protocol
 import pytest
 import torch
 
+from refit.transfer import tcp_links
 from refit.transfer.errors import TransportError
 from refit.transfer.groups import open_group
 from refit.transfer.in_memory import InMemoryNetwork
@@ -17,7 +18,7 @@ from refit.transfer.local_mail import LocalMail
 from refit.transfer.nixl_link import open_transport
 from refit.transfer.one_sided import OneSidedTransport
 from refit.transfer.rendezvous import ControlStore
-from refit.transfer.transport import Parcel, Transport
+from refit.transfer.transport import Parcel, ProcessGroupTransport, Transport
 
 RANKS = (3, 5, 8)
 
@@ -38,7 +39,19 @@ def gloo() -> dict[int, Transport]:
 
     def connect(rank: int) -> Transport:
         control = ControlStore.join("127.0.0.1", host.port, host.run_id)
-        return open_group(control, "suite", RANKS, rank, "gloo", time.monotonic() + 30).transport
+        group = open_group(control, "suite", RANKS, rank, "gloo", time.monotonic() + 30)
+        assert isinstance(group.collectives, ProcessGroupTransport)
+        return group.collectives
+
+    return dict(zip(RANKS, at_once([lambda rank=rank: connect(rank) for rank in RANKS]), strict=True))
+
+
+def tcp() -> dict[int, Transport]:
+    host = ControlStore.host()
+
+    def connect(rank: int) -> Transport:
+        control = ControlStore.join("127.0.0.1", host.port, host.run_id)
+        return tcp_links.open_transport(control, "suite", RANKS, rank, time.monotonic() + 30)
 
     return dict(zip(RANKS, at_once([lambda rank=rank: connect(rank) for rank in RANKS]), strict=True))
 
@@ -77,7 +90,7 @@ def ipc() -> dict[int, Transport]:
     return dict(zip(RANKS, at_once([lambda rank=rank: connect(rank) for rank in RANKS]), strict=True))
 
 
-NETWORKS: tuple[Network, ...] = (memory, gloo, nixl, ipc)
+NETWORKS: tuple[Network, ...] = (memory, gloo, tcp, nixl, ipc)
 
 
 def at_once(calls: Sequence[Callable[[], object]]) -> list[object]:

@@ -1,0 +1,80 @@
+"""Bytes gathered from the params, and scattered to them, are those that packing would send."""
+
+import ctypes
+
+import pytest
+import torch
+
+from refit.plan import build_plan
+from refit.transfer import gather as gather_module
+from refit.transfer.compiled import compile_stage
+from refit.transfer.gather import Gather, Rows, rows_of_moves
+from refit.transfer.memory import as_bytes, strided_box
+from refit.transfer.runs import LiveParams
+from tests.transfer.cases import empty_params, fill_params, make_case, param_dtypes
+
+CPU = torch.device("cpu")
+
+
+def bytes_at(pieces):
+    return b"".join(ctypes.string_at(address, size) for address, size in pieces.tolist())
+
+
+def packed(parcel, params):
+    """The bytes of a parcel, box by box; zeros between them."""
+    found = torch.zeros(parcel.num_bytes, dtype=torch.uint8)
+    for move in parcel.moves:
+        segment = move.segment
+        box = strided_box(params[segment.param], segment.shape, segment.strides, segment.offset)
+        values = box.to(move.wire) if move.is_cast else box
+        found[move.start_byte : move.start_byte + move.num_bytes] = as_bytes(values.contiguous())
+    return found
+
+
+@pytest.mark.parametrize("shortest_bytes", [1, 64, 1 << 30])
+@pytest.mark.parametrize("seed", range(8))
+def test_what_is_gathered_for_a_peer_is_what_packing_sends(seed, shortest_bytes, monkeypatch):
+    monkeypatch.setattr(gather_module, "SHORTEST_BYTES", shortest_bytes)
+    monkeypatch.setattr(gather_module, "MOST_LISTED", 3)
+    case = make_case(seed, 2, 3, num_tensors=12, largest_dim=64)
+    plan = build_plan(case.train, case.gen, case.options)
+    seen = set()
+    for rank in range(2):
+        manifest = case.manifest(rank)
+        params = empty_params(manifest)
+        fill_params(params, case, manifest, seed, 0)
+        for stage_plan in plan.rank_plan(rank).stages:
+            stage = compile_stage(plan, stage_plan, rank, param_dtypes(manifest), CPU)
+            live = LiveParams(params, stage.params, stage.reach_bytes)
+            for round_ in stage.rounds:
+                slot = torch.full((round_.slot_bytes,), 0x5A, dtype=torch.uint8)
+                expected = {}
+                for parcel in round_.sends:
+                    whole = packed(parcel, params)
+                    if parcel.rows is None:
+                        slot[parcel.slot_byte : parcel.slot_byte + parcel.num_bytes] = whole
+                    seen.add(parcel.rows is None)
+                    expected[parcel.peer] = expected.get(parcel.peer, b"") + bytes(whole.tolist())
+                places = torch.cat([live.addresses, torch.tensor([slot.data_ptr()])])
+                found = {part.peer: bytes_at(part.pieces(places)) for part in round_.gathered_sends}
+                assert found == expected
+    assert (shortest_bytes > 1) in seen, "parcels that are packed, or, if any rows will do, some that are not"
+
+
+def test_runs_that_touch_are_one_piece_and_equal_boxes_one_part():
+    runs = [Rows(0, 0, (), (), 8), Rows(0, 8, (), (), 8), Rows(1, 16, (), (), 8)]
+    boxes = [Rows(2, first, (100, 2), (64, 8), 4) for first in (0, 6400)]
+    gather = Gather.of(7, [*runs, *boxes])
+    assert gather.peer == 7 and len(gather.parts) == 2
+    pieces = gather.pieces(torch.tensor([1000, 2000, 10000])).tolist()
+    assert pieces[:2] == [[1000, 16], [2016, 8]]
+    assert pieces[2:] == [
+        [10000 + first + row * 64 + column * 8, 4]
+        for first in (0, 6400)
+        for row in range(100)
+        for column in range(2)
+    ]
+
+
+def test_an_empty_parcel_has_no_boxes():
+    assert rows_of_moves([], []) == []
