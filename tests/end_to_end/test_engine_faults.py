@@ -31,11 +31,11 @@ FAULTS = [
     (0, "begin", "kill", WITHOUT),
     (1, "move_bulk", "kill", WITHOUT),
     (2, "put_report", "kill", WITHOUT),
-    (0, "decision", "kill", WITHOUT),
+    (0, "decide", "kill", WITHOUT),
     (1, "commit", "kill", WITHOUT),
     (2, "move_bulk", "stop", WITHOUT),
     (0, "put_report", "stop", WITHOUT),
-    (1, "decision", "stop", WITHOUT),
+    (1, "decide", "stop", WITHOUT),
     (2, "begin", "raise", REPEATED),
     (0, "move_bulk", "raise", REPEATED),
     (1, "put_report", "raise", REPEATED),
@@ -53,11 +53,13 @@ def arm(actor: Any, place: str, kind: str) -> None:
     import signal
     import time as clock
 
-    import refit.gen_side.staging as staging
+    from refit.gen_side.engine import RefitWeightTransferEngine
+    from refit.gen_side.staging import Staging
     from refit.transfer.endpoint import Endpoint
     from refit.transfer.tcp import TcpTransport
 
-    owner = {"commit": staging.Staging, "wait": TcpTransport}.get(place, Endpoint)
+    owners = {"commit": Staging, "decide": RefitWeightTransferEngine, "wait": TcpTransport}
+    owner = owners.get(place, Endpoint)
     original = getattr(owner, place)
 
     def struck(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -82,11 +84,13 @@ def arm(actor: Any, place: str, kind: str) -> None:
 
 def has_struck(actor: Any, place: str) -> bool:
     """Whether nothing waits for that step any more, in an engine's process that lived through it."""
-    import refit.gen_side.staging as staging
+    from refit.gen_side.engine import RefitWeightTransferEngine
+    from refit.gen_side.staging import Staging
     from refit.transfer.endpoint import Endpoint
     from refit.transfer.tcp import TcpTransport
 
-    owner = {"commit": staging.Staging, "wait": TcpTransport}.get(place, Endpoint)
+    owners = {"commit": Staging, "decide": RefitWeightTransferEngine, "wait": TcpTransport}
+    owner = owners.get(place, Endpoint)
     return getattr(owner, place).__name__ != "struck"
 
 
