@@ -8,7 +8,7 @@ import pytest
 
 from refit.plan import PlanOptions, build_plan
 from refit.transfer.endpoint import Endpoint, misc_specs
-from refit.transfer.protocol import GOLDEN, NIXL, P2P, PROCESS_GROUP
+from refit.transfer.protocol import AUTO, GOLDEN, NIXL, P2P
 from refit.transfer.rendezvous import ControlStore
 from tests.processes import Processes
 from tests.transfer import coordinator
@@ -72,7 +72,7 @@ def _misc(endpoint: Endpoint, case: Case, seed: int, version: int) -> None:
 def run_refits(
     runs: list[tuple[str, int, Case, int]],
     bulk_of_run: dict[str, str],
-    transport: str = PROCESS_GROUP,
+    transport: str = AUTO,
     life: Callable[..., object] = refit_rank,
 ) -> list[list[int]]:
     case = runs[0][2]

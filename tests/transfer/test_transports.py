@@ -40,8 +40,8 @@ def gloo() -> dict[int, Transport]:
     def connect(rank: int) -> Transport:
         control = ControlStore.join("127.0.0.1", host.port, host.run_id)
         group = open_group(control, "suite", RANKS, rank, "gloo", time.monotonic() + 30)
-        assert isinstance(group.collectives, ProcessGroupTransport)
-        return group.collectives
+        assert isinstance(group.transport, ProcessGroupTransport)
+        return group.transport
 
     return dict(zip(RANKS, at_once([lambda rank=rank: connect(rank) for rank in RANKS]), strict=True))
 

@@ -13,7 +13,7 @@ from refit.transfer.errors import TransportError
 from refit.transfer.groups import Group, open_group
 from refit.transfer.memory import as_bits, torch_dtype
 from refit.transfer.placements import Layout
-from refit.transfer.protocol import NIXL, PROCESS_GROUP
+from refit.transfer.protocol import NIXL, PROCESS_GROUP, TCP
 from refit.transfer.rendezvous import ControlStore
 from refit.transfer.xferdtensor import xferdtensor
 from tests.processes import run_processes
@@ -126,9 +126,10 @@ def test_p2p_and_golden_give_each_rank_its_chunk_of_the_full_tensor(size):
 
 
 @pytest.mark.processes
-def test_xferdtensor_over_one_sided_reads_gives_each_rank_its_chunk_of_the_full_tensor():
+@pytest.mark.parametrize("transport", [TCP, NIXL])
+def test_xferdtensor_by_another_way_than_the_group_gives_each_rank_its_chunk_of_the_full_tensor(transport):
     host = ControlStore.host()
-    assert sum(run_processes(transfer_rank, 3, host.port, 3, range(10), NIXL, timeout_s=120)) > 10
+    assert sum(run_processes(transfer_rank, 3, host.port, 3, range(10), transport, timeout_s=120)) > 10
 
 
 @pytest.mark.processes
