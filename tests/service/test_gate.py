@@ -20,7 +20,7 @@ EIGHT_GPUS = dataclasses.replace(LAPTOP, num_cuda_devices=8)
 @pytest.fixture(scope="module")
 def models():
     """The HF configs that `policy.model` names, read once: transformers takes seconds to import."""
-    names = ("tiny-qwen3", "tiny-qwen3-wide", "tiny-qwen3-moe", "tiny-deepseek-v3")
+    names = ("tiny-qwen3", "tiny-qwen3-wide", "tiny-qwen3-peaked", "tiny-qwen3-moe", "tiny-deepseek-v3")
     names += ("tiny-nemotron-h", "tiny-nemotron-h-dense")
     return {name: read_model_config(name) for name in names}
 
