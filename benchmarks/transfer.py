@@ -54,6 +54,7 @@ from refit.transfer.workspace import Workspace
 CPU = torch.device("cpu")
 TIMEOUT_S = 300.0
 NUM_STREAMS = 2
+RAW_PIECE_BYTES = 256 << 20  # of one operation; smaller ones are slower, and a limit must not be
 PEER_REPEATS = 1
 OURS = ("raw", "p2p", "p2p_digest")
 PEERS = ("golden", "gather_broadcast")
@@ -325,13 +326,13 @@ class Bench:
         return run_lanes(jobs, mover, NUM_STREAMS, lambda _: self.groups.abort())
 
     def raw(self, deadline: float) -> None:
-        """The same bytes between the same pairs, in pieces of at most a bucket, from and into flat buffers."""
+        """The same bytes between the same pairs by gloo, from and into flat buffers, all posted before any wait."""
         waiting = []
         for stage in self.stages:
             transport = self.groups.stages[stage.stage].collectives
             assert transport is not None, "a gloo group moves parcels by another transport than its own"
             sends, receives = pair_bytes(stage.rounds)
-            for tag in range(max([0, *(-(-n // self.bucket_bytes) for n in (sends | receives).values())])):
+            for tag in range(max([0, *(-(-n // RAW_PIECE_BYTES) for n in (sends | receives).values())])):
                 out = [Parcel(peer, part) for peer, part in self._parts(sends, tag)]
                 into = [Parcel(peer, part) for peer, part in self._parts(receives, tag)]
                 waiting.append((transport, transport.post(out, into, tag)))
@@ -340,7 +341,7 @@ class Bench:
 
     def _parts(self, pairs: dict[int, int], tag: int) -> Iterator[tuple[int, torch.Tensor]]:
         for peer, num_bytes in sorted(pairs.items()):
-            part = self.flat[peer][tag * self.bucket_bytes : min(num_bytes, (tag + 1) * self.bucket_bytes)]
+            part = self.flat[peer][tag * RAW_PIECE_BYTES : min(num_bytes, (tag + 1) * RAW_PIECE_BYTES)]
             if part.numel():
                 yield peer, part
 

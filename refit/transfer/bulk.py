@@ -4,10 +4,11 @@ While the wire carries round i, round i-1 is unpacked and round i+1 is packed. T
 time, each in a slot of its own: as many, up to MOST_SLOTS, as the memory of two full buckets holds.
 
 A parcel that is one contiguous run of the wire dtype on this rank is sent from, or received into, the param itself.
-Parcels are cut by the plan, so the two ends may choose differently.
+Parcels are cut by the plan, so the two ends may choose differently. A transport that gathers takes all parcels of a
+round and peer as one, from the params or to them, but for those of few bytes per place, with gaps or a cast.
 
 Digests are of what was sent, and of what the params hold afterwards: a receiver packs its params once more, into the
-slot that the parcel came in, so that a wrong unpack shows as well as a wrong wire.
+slot of the round, so that a wrong unpack shows as well as a wrong wire.
 
 Extra memory of a call: the slots, at most 2 * bucket_bytes of the plan's options.
 """

@@ -42,9 +42,10 @@ class _Transfer:
     """The bytes of one operation, and how far they have come. `pieces`: int64 [n, 2] of address and bytes."""
 
     def __init__(self, pieces: Tensor, header: Tensor | None = None) -> None:
-        self._pieces = pieces.clone()  # it is written to
+        self._pieces = pieces  # it is written to
         self._header = header  # a piece of its own, whose memory nobody else keeps
-        self._ends: list[int] = pieces[:, 1].cumsum(0).tolist()
+        self._sums = pieces[:, 1].cumsum(0)
+        self._ends = (ctypes.c_int64 * len(pieces)).from_address(self._sums.data_ptr())
         self._count = len(pieces)
         self._address = self._pieces.data_ptr()
         self._vector = (ctypes.c_int64 * pieces.numel()).from_address(self._address)
@@ -182,7 +183,7 @@ class TcpTransport:
         self._require_open()
         posted: list[Operation] = []
         for parcel in receives:
-            transfer = _Transfer(parcel.places())
+            transfer = _Transfer(parcel.places().clone())
             self._connection(parcel).expect(tag, transfer)
             posted.append(_Streamed(RECEIVE, parcel, tag, transfer=transfer))
         for parcel in sends:
