@@ -78,6 +78,23 @@ def test_the_old_version_serves_while_the_new_one_is_staged(case):
         assert greedy(generator) == goal
 
 
+def test_requests_wait_for_one_call_of_the_workers_and_for_nothing_else(case, monkeypatch):
+    generator, start, changed, goal = case
+    executor, calls = generator._llm.llm_engine.engine_core.engine_core.model_executor, []
+    rpc = executor.collective_rpc
+    monkeypatch.setattr(
+        executor,
+        "collective_rpc",
+        lambda what, *rest, **more: (calls.append(what), rpc(what, *rest, **more))[1],
+    )
+    with Rounds(generator, tensors_of(start), 1) as rounds:
+        assert rounds.refit(30, tensors_of(changed), between=calls.clear)
+        assert calls == ["refit_finish"]
+        (report,) = generator.finish_reports
+        assert report["version"] == 30 and 0.0 < report["finalize_s"] < generator.pause_s
+        assert greedy(generator) == goal
+
+
 def test_a_refused_refit_leaves_the_old_version_serving(case):
     generator, start, changed, goal = case
     with Rounds(generator, tensors_of(start), 1) as rounds:
