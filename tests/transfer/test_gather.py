@@ -63,14 +63,20 @@ def test_what_is_gathered_for_a_peer_is_what_packing_sends(seed, shortest_bytes,
 
 def test_runs_that_touch_are_one_piece_and_equal_boxes_one_part():
     runs = [Rows(0, 0, (), (), 8), Rows(0, 8, (), (), 8), Rows(1, 16, (), (), 8)]
-    boxes = [Rows(2, first, (100, 2), (64, 8), 4) for first in (0, 6400)]
+    places = [
+        (0, 64),
+        (4, 64),
+        (6400, 64),
+        (12800, 32),
+    ]  # first byte, step of rows; the second follows the first
+    boxes = [Rows(2, first, (100, 2), (step, 8), 4) for first, step in places]
     gather = Gather.of(7, [*runs, *boxes])
-    assert gather.peer == 7 and len(gather.parts) == 2
+    assert gather.peer == 7 and len(gather.parts) == 3, "the runs, the equal boxes, and the other one"
     pieces = gather.pieces(torch.tensor([1000, 2000, 10000])).tolist()
     assert pieces[:2] == [[1000, 16], [2016, 8]]
     assert pieces[2:] == [
-        [10000 + first + row * 64 + column * 8, 4]
-        for first in (0, 6400)
+        [10000 + first + row * step + column * 8, 4]
+        for first, step in places
         for row in range(100)
         for column in range(2)
     ]

@@ -45,7 +45,7 @@ def test_bytes_in_many_places_arrive_in_many_others_whatever_the_cuts(ends):
     generator = torch.Generator().manual_seed(1)
     sizes_out = torch.randint(1, 9000, (3 * MOST_PIECES,), generator=generator).tolist()
     total = sum(sizes_out)
-    sizes_in = [100_000] * (total // 100_000) + [total % 100_000]
+    sizes_in = [5_000_000] * (total // 5_000_000) + [total % 5_000_000]
     out, into = (
         noise(total + 16 * len(sizes_out), 1),
         torch.zeros(total + 8 * len(sizes_in), dtype=torch.uint8),
