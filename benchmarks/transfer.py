@@ -29,7 +29,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -46,6 +46,7 @@ from refit.transfer.compiled import CompiledRound, compile_stage
 from refit.transfer.groups import Groups, open_group, open_groups
 from refit.transfer.lanes import run_lanes
 from refit.transfer.memory import torch_dtype
+from refit.transfer.protocol import AUTO, PROCESS_GROUP, TCP
 from refit.transfer.rendezvous import ControlStore
 from refit.transfer.report import BulkReport
 from refit.transfer.transport import Parcel
@@ -76,6 +77,7 @@ class Case:
     train: str
     gen: str
     bucket_bytes: int
+    transport: str = AUTO
 
 
 def dense(layers: int, hidden: int, vocab: int) -> dict[str, object]:
@@ -127,8 +129,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, object]:
     parser.add_argument("--without-mcore", action="store_true")
     parser.add_argument("--only-ours", action="store_true")
     parser.add_argument("--cases", nargs="*", help="names of cases to run (default: all)")
+    parser.add_argument("--transport", choices=(AUTO, PROCESS_GROUP, TCP), default=AUTO, help="of p2p")
     options = parser.parse_args(argv)
     cases = TINY if options.tiny else CASES
+    cases = tuple(replace(case, transport=options.transport) for case in cases)
     if options.cases:
         cases = tuple(case for case in cases if case.name in options.cases)
     peers = () if options.only_ours else PEERS if options.without_mcore else (*PEERS, MCORE)
@@ -200,6 +204,7 @@ def case_row(case: Case, rows: Sequence[dict[str, dict[str, list[float]]]]) -> d
         "routes": first["routes"],
         "plan_digest": first["digest"],
         "bucket_bytes": case.bucket_bytes,
+        "transport": case.transport,
         "mcore_s": None,
         **{f"{path}_s": round(value, 4) for path, value in median.items()},
         "digest_s": round(median["p2p_digest"] - p2p, 4),
@@ -244,7 +249,7 @@ class Bench:
         self.plan = build_plan(train, gen, options)
         self.rank, self.bucket_bytes = rank, case.bucket_bytes
         manifest = (*train.ranks, *gen.ranks)[rank]
-        self.groups: Groups = open_groups(control, rank, self.plan, "gloo", TIMEOUT_S)
+        self.groups: Groups = open_groups(control, rank, self.plan, "gloo", TIMEOUT_S, case.transport)
         everyone = tuple(range(self.plan.num_train + self.plan.num_gen))
         deadline = time.monotonic() + TIMEOUT_S
         self.all = open_group(control, "everyone", everyone, rank, "gloo", deadline)
@@ -329,8 +334,8 @@ class Bench:
         """The same bytes between the same pairs by gloo, from and into flat buffers, all posted before any wait."""
         waiting = []
         for stage in self.stages:
-            transport = self.groups.stages[stage.stage].collectives
-            assert transport is not None, "a gloo group moves parcels by another transport than its own"
+            group = self.groups.stages[stage.stage]
+            transport = group.collectives or group.transport
             sends, receives = pair_bytes(stage.rounds)
             for tag in range(max([0, *(-(-n // RAW_PIECE_BYTES) for n in (sends | receives).values())])):
                 out = [Parcel(peer, part) for peer, part in self._parts(sends, tag)]

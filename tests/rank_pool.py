@@ -16,7 +16,7 @@ START_S = 300.0
 
 
 class RankPool:
-    """Opened by its first call; it ends with the process that opened it, and its ranks with it."""
+    """Opened by its first call; it ends with the thread that opened it, and its ranks with it."""
 
     def __init__(self, name, preload):
         self._name, self._preload = name, preload
@@ -28,8 +28,7 @@ class RankPool:
 
         Raises AssertionError with every traceback, TimeoutError with the ranks that gave no result.
         """
-        if self._pool is None or not self._pool.is_alive:
-            self._open()
+        if self.open():
             timeout_s += START_S
         address = next(self._addresses)
         names = [f"rank {rank}" for rank in range(num_ranks)]
@@ -58,11 +57,15 @@ class RankPool:
             found |= {result.who: result.value for result in results}
         return found
 
-    def _open(self):
+    def open(self):
+        """For calls from threads that end earlier. False if it was open."""
+        if self._pool is not None and self._pool.is_alive:
+            return False
         file, log = tempfile.mkstemp(prefix=f"refit-test-{self._name}-", suffix=".log")
         os.close(file)
         self._pool = Pool(self._name, self._preload, Path(log))
         atexit.register(self._close, self._pool, Path(log))
+        return True
 
     @staticmethod
     def _close(pool, log):

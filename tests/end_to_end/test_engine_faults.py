@@ -51,6 +51,7 @@ def arm(actor: Any, place: str, kind: str) -> None:
     import ctypes
     import os
     import signal
+    import threading
     import time as clock
 
     from refit.gen_side.engine import RefitWeightTransferEngine
@@ -68,7 +69,7 @@ def arm(actor: Any, place: str, kind: str) -> None:
             case "kill":
                 os.kill(os.getpid(), signal.SIGKILL)
             case "stop":
-                os.kill(os.getpid(), signal.SIGSTOP)
+                signal.pthread_kill(threading.get_ident(), signal.SIGSTOP)  # this thread first
             case "slow":
                 clock.sleep(2.0)
             case "raise":

@@ -13,7 +13,7 @@ from refit.validation import reading
 from refit.validation.reading import PoolEngine, read_faults, serve
 from refit.validation.weights import read_tensors
 from tests.gen_side.checkpoints import shifted
-from tests.gen_side.farm import run_ranks
+from tests.gen_side.farm import open_ranks, run_ranks
 
 pytestmark = [pytest.mark.vllm, pytest.mark.processes, pytest.mark.timeout(900)]
 
@@ -86,6 +86,7 @@ def test_what_ranks_give_back_is_what_they_loaded_and_then_what_was_committed(
     control = ControlStore.host(run_id=secrets.token_hex(4))
     store = ("127.0.0.1", control.port)
     try:
+        open_ranks()
         with ThreadPoolExecutor(1) as pool:
             ranks = pool.submit(
                 run_ranks,
