@@ -131,7 +131,7 @@ class RefitConfig:
     """
 
     backend: str = "gloo"
-    transport: str = "auto"
+    transport: str = "process_group"
     bulk: str = "p2p"
     buffer_bytes: int = 64 * 2**20
     num_streams: int | None = None

@@ -14,7 +14,7 @@ from refit.plan import PlanOptions
 from refit.transfer.endpoint import Endpoint, report_failure
 from refit.transfer.errors import RefitFailed, TransportError
 from refit.transfer.groups import open_group
-from refit.transfer.protocol import AUTO, NIXL
+from refit.transfer.protocol import NIXL, PROCESS_GROUP
 from refit.transfer.rendezvous import ControlStore
 from tests.processes import Processes
 from tests.transfer import coordinator
@@ -117,7 +117,9 @@ def _break_in_round(endpoint: Endpoint, fault: _Fault) -> None:
         transport.post = counted
 
 
-def run_fault(victim: int, kind: str, phase: str, transport: str = AUTO) -> dict[int, tuple[float, str]]:
+def run_fault(
+    victim: int, kind: str, phase: str, transport: str = PROCESS_GROUP
+) -> dict[int, tuple[float, str]]:
     case = make_case(CASE_SEED, num_tensors=16, largest_dim=64)
     case = Case(case.train, case.gen, PlanOptions(4096, 16, case.options.whitelist))
     host = ControlStore.host()
