@@ -1,5 +1,6 @@
 """The seam: what moves parcels of bytes between joint ranks, in four methods, and torch process groups behind it."""
 
+import contextlib
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -169,20 +170,21 @@ class ProcessGroupTransport:
     def abort(self) -> None:
         """gloo ignores abort() and shutdown() (torch 2.13), but a receive that times out closes all pairs of its group.
 
-        That frees all local waiters at once, and the peers see the connection closed.
+        That frees all local waiters at once, and the peers see the connection closed. A peer that has left before lets
+        no receive from it time out, so every peer is tried: the first that is there closes them all.
         """
         self.is_aborted = True
         if not self._is_gloo:
             self._process_group.abort()
             return
-        if len(self._positions) < 2:
-            return
-        other = 1 if self._position == 0 else 0
-        try:
-            work = self._process_group.recv([torch.empty(1, dtype=torch.uint8)], other, ABORT_TAG)
-            work.wait(timedelta(seconds=SHORTEST_WAIT_S))
-        except RuntimeError:
-            return  # this is the time-out that closes the pairs, or they were closed before
+        for other in self._positions.values():
+            if other == self._position:
+                continue
+            with contextlib.suppress(
+                RuntimeError
+            ):  # the time-out that is wanted, or this pair was closed before
+                work = self._process_group.recv([torch.empty(1, dtype=torch.uint8)], other, ABORT_TAG)
+                work.wait(timedelta(seconds=SHORTEST_WAIT_S))
 
     def close(self) -> None:
         if not self._is_gloo:

@@ -226,6 +226,24 @@ def test_abort_frees_a_blocked_rank_and_its_peers(ends):
         assert seconds < 5
 
 
+def test_abort_frees_a_rank_that_waits_for_one_peer_after_another_has_left(ends):
+    """Of three ranks the first leaves, as a rank that hears of a failure does; the last still waits for the second."""
+    ends[3].abort()
+
+    def blocked():
+        ticket = ends[8].post([], [Parcel(5, torch.zeros(16, dtype=torch.uint8))], 0)
+        began = time.monotonic()
+        with pytest.raises(TransportError):
+            ends[8].wait(ticket, soon(30))
+        return time.monotonic() - began
+
+    def breaker():
+        time.sleep(0.5)
+        ends[8].abort()
+
+    assert at_once([blocked, breaker])[0] < 5
+
+
 def test_an_aborted_transport_refuses_further_use(ends):
     ends[3].abort()
     with pytest.raises(TransportError):
