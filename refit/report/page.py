@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import json
+import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -188,6 +189,9 @@ def _tiles(run: Run) -> str:
         )
         if halts:
             tiles.insert(-4, ("answers wait, median", _milliseconds(halts[len(halts) // 2])))
+        shares = [refit["line_share"] for refit in run.reported if refit.get("line_share") is not None]
+        if shares:
+            tiles.append(("of line rate, median", _share(statistics.median(shares))))
     if run.refits:
         tiles.append(("refits not committed", str(sum(not refit["committed"] for refit in run.refits))))
     cells = "".join(
@@ -248,12 +252,25 @@ def _refit_row(refit: Mapping[str, Any], audit: bool | None) -> list[str]:
 def _rank_table(run: Run) -> str:
     if not run.reported:
         return _figure(None, "ranks")
-    headings = ("rank", "began late", "sent", "received", "misc", *charts.RANK_PHASES, "buffers", "staged")
+    headings = (
+        "rank",
+        "began late",
+        "sent",
+        "received",
+        "misc",
+        "rate",
+        "of line rate",
+        *charts.RANK_PHASES,
+        "buffers",
+        "staged",
+    )
     rows = [
         [
             rank["name"],
             _milliseconds(rank["late_s"]),
             *[_amount(rank[key]) for key in ("bytes_sent", "bytes_received", "misc_bytes")],
+            _rate(rank.get("bytes_per_s")),  # not in older runs, nor is the next
+            _share(rank.get("line_share")),
             *[_milliseconds(rank["seconds"].get(phase, 0.0)) for phase in charts.RANK_PHASES],
             _amount(rank["peak_extra_bytes"]),
             _amount(rank["staged_bytes"]),
@@ -276,6 +293,14 @@ def _cell(text: str) -> str:
 
 def _milliseconds(seconds: float) -> str:
     return f"{1e3 * seconds:.0f} ms" if seconds >= 0.1 else f"{1e3 * seconds:.1f} ms"
+
+
+def _rate(bytes_per_s: float | None) -> str:
+    return "" if bytes_per_s is None else f"{_amount(bytes_per_s)}/s"
+
+
+def _share(share: float | None) -> str:
+    return "" if share is None else f"{100 * share:.3g} %"
 
 
 def _amount(num_bytes: float) -> str:

@@ -99,7 +99,8 @@ class ClusterConfig:
     """Where the actors run. `address` None: a Ray of our own on loopback, gone when the job ends.
 
     `port` is the control store's, 0 for any free one; `num_cpus` 0 lets Ray count. `min_free_memory_bytes` is a
-    floor: the larger of it and the gate's own estimate must be free.
+    floor: the larger of it and the gate's own estimate must be free. `nic_gbps`, the line rate of one rank's network in
+    each direction in Gb/s, lets records say which share of it a refit had.
 
     Each lost generator is replaced up to `restart_generators` times. On an existing cluster all actors get their place
     in one placement group by `placement` (PACK, SPREAD, STRICT_PACK, STRICT_SPREAD), trainers and generators on nodes
@@ -110,10 +111,16 @@ class ClusterConfig:
     num_cpus: int = 0
     port: int = 0
     min_free_memory_bytes: int = 0
+    nic_gbps: float | None = None
     restart_generators: int = 1
     placement: str = "PACK"
     policy_labels: dict[str, str] = field(default_factory=dict)
     generation_labels: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def line_bytes_per_s(self) -> float | None:
+        """`nic_gbps` in bytes."""
+        return None if self.nic_gbps is None else self.nic_gbps * 1e9 / 8
 
 
 @dataclass(frozen=True, slots=True)

@@ -336,7 +336,14 @@ class Coordinator:
         finished = reports_by_rank(finishes, places)
         session.control.forget(attempt_keys(attempt))
         seen = Round(
-            version, attempt, decided.reports, finished, decided.num_differing, decided.reason, driver
+            version,
+            attempt,
+            decided.reports,
+            finished,
+            decided.num_differing,
+            decided.reason,
+            driver,
+            self._config.cluster.line_bytes_per_s,
         )
         return record_round(session.plan_record, seen)
 

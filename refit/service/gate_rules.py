@@ -21,6 +21,7 @@ BACKENDS = ("gloo", "nccl")
 BULKS = ("p2p", "golden")
 PLACEMENTS = ("PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD")
 MIN_BUFFER_BYTES = 2**16
+NIC_GBPS = (0.001, 100_000.0)
 MAX_STREAMS = 32
 GIB = 2**30
 AT_LEAST_ONE = {
@@ -105,6 +106,8 @@ def sizes(case: Case) -> Iterator[Violation]:
         ("grpo.task_seed", config.grpo.task_seed),
     ):
         yield from _within(key, value, 0, None)
+    if config.cluster.nic_gbps is not None:
+        yield from _within("cluster.nic_gbps", config.cluster.nic_gbps, *NIC_GBPS)
     yield from _within("cluster.port", config.cluster.port, 0, 2**16 - 1)
     yield from _within("refit.buffer_bytes", config.refit.buffer_bytes, MIN_BUFFER_BYTES, None)
     yield from _within("refit.num_streams", config.num_streams, 1, MAX_STREAMS)

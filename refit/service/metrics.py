@@ -7,6 +7,8 @@
 | `ray_refit_seconds` | histogram | `phase` |
 | `ray_refit_bytes_total` | counter | `class`: bulk or misc |
 | `ray_refit_rank_bytes` | gauge | `rank`, `direction`: sent, received or misc |
+| `ray_refit_rank_bytes_per_s` | gauge | `rank` |
+| `ray_refit_line_share` | gauge | `rank`; only with `cluster.nic_gbps` |
 | `ray_refit_bound_ratio` | gauge | |
 | `ray_refit_extra_memory_bytes` | gauge | `kind`: buffers or staging |
 | `ray_refit_straggler_seconds` | gauge | `rank` |
@@ -41,6 +43,8 @@ class JobMetrics:
         self._rank_bytes = Gauge(
             "refit_rank_bytes", "Bytes of the last refit by rank and direction.", ("rank", "direction")
         )
+        self._rate = Gauge("refit_rank_bytes_per_s", "Rate of a rank while it moved bulk.", ("rank",))
+        self._line_share = Gauge("refit_line_share", "That rate over the line rate.", ("rank",))
         self._bound = Gauge("refit_bound_ratio", "Busiest link of the plan over its lower bound.")
         self._memory = Gauge(
             "refit_extra_memory_bytes", "Most extra memory of a rank in the last refit.", ("kind",)
@@ -61,13 +65,7 @@ class JobMetrics:
         self._attempts.inc(1, {"outcome": "committed" if refit.committed else "discarded"})
         for phase, seconds in {**refit.seconds, TOTAL: refit.total_s}.items():
             self._seconds.observe(seconds, {"phase": phase})
-        for rank in refit.ranks:
-            moved = {"sent": rank.bytes_sent, "received": rank.bytes_received, "misc": rank.misc_bytes}
-            for direction, num_bytes in moved.items():
-                self._rank_bytes.set(num_bytes, {"rank": rank.name, "direction": direction})
-            self._straggler.set(
-                refit.straggler_s if rank.name == refit.straggler else 0.0, {"rank": rank.name}
-            )
+        self._set_ranks(refit)
         self._bound.set(refit.bound_ratio)
         self._memory.set(refit.peak_extra_bytes, {"kind": "buffers"})
         self._memory.set(refit.staged_bytes, {"kind": "staging"})
@@ -78,6 +76,19 @@ class JobMetrics:
             for kind, num_bytes in (("bulk", refit.bulk_bytes), ("misc", refit.misc_bytes)):
                 if num_bytes:
                     self._bytes.inc(num_bytes, {"class": kind})
+
+    def _set_ranks(self, refit: RefitRecord) -> None:
+        for rank in refit.ranks:
+            moved = {"sent": rank.bytes_sent, "received": rank.bytes_received, "misc": rank.misc_bytes}
+            for direction, num_bytes in moved.items():
+                self._rank_bytes.set(num_bytes, {"rank": rank.name, "direction": direction})
+            if rank.bytes_per_s is not None:
+                self._rate.set(rank.bytes_per_s, {"rank": rank.name})
+            if rank.line_share is not None:
+                self._line_share.set(rank.line_share, {"rank": rank.name})
+            self._straggler.set(
+                refit.straggler_s if rank.name == refit.straggler else 0.0, {"rank": rank.name}
+            )
 
     def add_step(self, step: StepRecord) -> None:
         """Show where the training stands."""

@@ -20,10 +20,11 @@ from refit.plan import MISC, Plan
 from refit.plan.cost import Topology, cost_of
 from refit.transfer.endpoint import name_of
 from refit.transfer.protocol import FinishReport
-from refit.transfer.report import DIGEST, PACK, UNPACK, Span
+from refit.transfer.report import DIGEST, PACK, UNPACK, WIRE, Span
 
 DRIVER_PHASES = ("pause", "stage", "verify", "commit")
 OWN_PHASES = (PACK, UNPACK, DIGEST)
+BULK_PHASES = (*OWN_PHASES, WIRE)
 FINALIZE, NO_STAGE = "finalize", -1
 
 
@@ -31,7 +32,9 @@ FINALIZE, NO_STAGE = "finalize", -1
 class RankRecord:
     """One rank's share. `late_s` is how much later than the first rank it began; `spans` count from that first rank.
 
-    `staged_bytes` is the memory of the new version beside the old one (0 on trainers).
+    `staged_bytes` is the memory of the new version beside the old one (0 on trainers). `bytes_per_s` is what went over
+    the busier direction of its network while it moved bulk, packing and waiting included (None if it moved none), and
+    `line_share` that over the line rate, where the configuration says what that is.
     """
 
     rank: int
@@ -43,6 +46,8 @@ class RankRecord:
     seconds: Mapping[str, float]
     peak_extra_bytes: int
     staged_bytes: int
+    bytes_per_s: float | None
+    line_share: float | None
     spans: tuple[Span, ...]
 
     @property
@@ -56,10 +61,11 @@ class RefitRecord:
     """One attempt to bring a version to all replicas.
 
     `bulk_bytes` and `misc_bytes` count each element of the model once, `wire_bytes` what all trainers sent point to
-    point. `bound_ratio` is the time of the plan's busiest link over that of the best direct plan. `straggler` is the
-    rank with the most of its own to do, `straggler_s` by how much more than the median rank. Digests are compared per
-    tensor and generator rank. `reason` is empty when `committed`. `replicas` and `incidents` say what each replica
-    serves afterwards and what went wrong on the way.
+    point. `bound_ratio` is the time of the plan's busiest link over that of the best direct plan. `line_share` is the
+    share of the line rate that the busiest rank's network had, from the first rank's start of bulk to the last one's
+    end; None where no line rate is configured. `straggler` is the rank with the most of its own to do, `straggler_s` by
+    how much more than the median rank. Digests are compared per tensor and generator rank. `reason` is empty when
+    `committed`. `replicas` and `incidents` say what each replica serves afterwards and what went wrong on the way.
     """
 
     version: int
@@ -81,6 +87,7 @@ class RefitRecord:
     digests_differing: int
     committed: bool
     reason: str
+    line_share: float | None = None
     replicas: Mapping[str, str] = field(default_factory=dict)
     incidents: tuple[str, ...] = ()
     ranks: tuple[RankRecord, ...] = ()
@@ -141,7 +148,10 @@ class PlanRecord:
 
 @dataclass(frozen=True, slots=True)
 class Round:
-    """What the coordinator has seen of one attempt. `reports` by joint rank, `finished` by generator rank."""
+    """What the coordinator has seen of one attempt. `reports` by joint rank, `finished` by generator rank.
+
+    `line_bytes_per_s` is the line rate of a rank's network in one direction, None if nobody said it.
+    """
 
     version: int
     attempt: int
@@ -150,6 +160,7 @@ class Round:
     num_differing: int
     reason: str
     driver: Mapping[str, float]
+    line_bytes_per_s: float | None = None
     replicas: Mapping[str, str] = field(default_factory=dict)
     incidents: tuple[str, ...] = ()
 
@@ -216,6 +227,7 @@ def record_round(plan: PlanRecord, seen: Round) -> RefitRecord:
         digests_differing=seen.num_differing,
         committed=not seen.reason,
         reason=seen.reason,
+        line_share=_line_share(ranks, seen.line_bytes_per_s),
         replicas=dict(seen.replicas),
         incidents=seen.incidents,
         ranks=ranks,
@@ -228,17 +240,14 @@ def _first_start_s(seen: Round) -> float:
 
 def _rank_records(plan: PlanRecord, seen: Round) -> tuple[RankRecord, ...]:
     first_s = _first_start_s(seen)
-    return tuple(
-        _rank_record(plan, rank, report, seen.finished.get(rank - plan.num_train), first_s)
-        for rank, report in sorted(seen.reports.items())
-    )
+    return tuple(_rank_record(plan, rank, seen, first_s) for rank in sorted(seen.reports))
 
 
-def _rank_record(
-    plan: PlanRecord, rank: int, report: Any, finished: FinishReport | None, first_s: float
-) -> RankRecord:
+def _rank_record(plan: PlanRecord, rank: int, seen: Round, first_s: float) -> RankRecord:
+    report, finished = seen.reports[rank], seen.finished.get(rank - plan.num_train)
     late_s = float(report["started_s"]) - first_s
     spans = [_later(Span(*span), late_s) for span in report["spans"]]
+    rate = _rate(max(report["bytes_sent"], report["bytes_received"]), spans)
     seconds = dict(report["seconds"])
     if finished is not None:
         start_s = finished.started_s - first_s
@@ -254,8 +263,26 @@ def _rank_record(
         seconds=seconds,
         peak_extra_bytes=report["peak_extra_bytes"],
         staged_bytes=0 if finished is None else finished.staged_bytes,
+        bytes_per_s=rate,
+        line_share=None if rate is None or seen.line_bytes_per_s is None else rate / seen.line_bytes_per_s,
         spans=tuple(spans),
     )
+
+
+def _line_share(ranks: Sequence[RankRecord], line_bytes_per_s: float | None) -> float | None:
+    """That of the busiest direction of any rank, over the time from the first start of bulk to its last end."""
+    busiest = max(max(rank.bytes_sent, rank.bytes_received) for rank in ranks)
+    rate = _rate(busiest, [span for rank in ranks for span in rank.spans])
+    return None if rate is None or line_bytes_per_s is None else rate / line_bytes_per_s
+
+
+def _rate(num_bytes: int, spans: Sequence[Span]) -> float | None:
+    """Bytes per second from the first to the last of the spans of bulk; None where nothing moved."""
+    moving = [span for span in spans if span.phase in BULK_PHASES]
+    if not num_bytes or not moving:
+        return None
+    seconds = max(span.stop_s for span in moving) - min(span.start_s for span in moving)
+    return num_bytes / seconds if seconds > 0 else None
 
 
 def _later(span: Span, by_s: float) -> Span:

@@ -8,6 +8,7 @@ from refit.transfer.protocol import FinishReport, RefitReport
 from refit.transfer.report import Span
 
 NUM_TRAIN, NUM_GEN = 2, 2
+LINE_BYTES_PER_S = 500_000.0
 LINKS = ((0, 2, 1000), (0, 3, 2000), (1, 2, 3000), (1, 3, 4000))
 PLAN = PlanRecord(
     "f00d" * 16,
@@ -43,7 +44,7 @@ def seen(version, reason=""):
     reports = {rank: rank_report(version, rank) for rank in range(NUM_TRAIN + NUM_GEN)}
     finished = {} if reason else {rank: FinishReport(version, 50.06, 0.02, 5000) for rank in range(NUM_GEN)}
     driver = {"pause": 0.001, "stage": 0.05 + 0.001 * version, "verify": 0.002, "commit": 0.03}
-    return Round(version, version, reports, finished, int(bool(reason)), reason, driver)
+    return Round(version, version, reports, finished, int(bool(reason)), reason, driver, LINE_BYTES_PER_S)
 
 
 def rank_report(version, rank):

@@ -75,6 +75,14 @@ def test_what_goes_by_broadcast_is_named_with_its_reason(page):
     assert "model.norm.weight\n2\nthe whitelist leaves <it> out" in page.text
 
 
+def test_rates_and_their_share_of_the_line_rate_are_told_by_rank_and_as_a_whole(page):
+    assert "388.9 kB/s\n77.8 %" in page.text, "train 1: 7,000 bytes in 18 ms, of 500,000 bytes/s"
+    assert "200 kB/s\n40 %" in page.text, "gen 1: 6,000 bytes in 30 ms"
+    assert re.search(r"46\.7 %\nof line rate, median", page.text), (
+        "7,000 bytes on the busiest link, 30 ms for all"
+    )
+
+
 def test_the_traffic_matrix_shows_each_link(folder):
     run = read_run(folder)
     (plan,) = run.plans.values()

@@ -55,6 +55,8 @@ REFUSALS = [
     (["refit.timeout_s=0"], ["refit.timeout_s = 0"]),
     (["refit.verify_every=-1"], ["refit.verify_every = -1"]),
     (["refit.retries=-1"], ["refit.retries = -1"]),
+    (["cluster.nic_gbps=0"], ["cluster.nic_gbps = 0", "at least 0.001"]),
+    (["cluster.nic_gbps=inf"], ["cluster.nic_gbps = inf", "at most 100000.0"]),
     (["cluster.restart_generators=-1"], ["cluster.restart_generators = -1"]),
     (["cluster.placement=NEAR"], ["cluster.placement = 'NEAR'", "PACK, SPREAD"]),
     (["refit.pause=stop"], ["refit.pause = 'stop'", "wait, abort, keep"]),

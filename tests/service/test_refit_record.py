@@ -82,6 +82,20 @@ def test_spans_of_all_ranks_count_from_the_first_rank_that_began():
     assert record.ranks[2].spans[-1].start_s == pytest.approx(0.7)
 
 
+def test_a_link_has_the_share_of_the_line_rate_that_its_bytes_had_of_the_time_bulk_took():
+    """900 bytes in the 0.25 s of a pack span are 3,600 bytes/s; all ranks together took 0.5 s, since one began late."""
+    record = record_round(PLAN, dataclasses.replace(seen(), line_bytes_per_s=7200.0))
+    rates = {rank.name: (rank.bytes_per_s, rank.line_share) for rank in record.ranks}
+    assert rates == {"train 0": (3600.0, 0.5), "train 1": (None, None), "gen 0": (3600.0, 0.5)}
+    assert record.line_share == pytest.approx(0.25)
+
+
+def test_without_a_line_rate_there_is_a_rate_and_no_share():
+    record = record_round(PLAN, seen())
+    assert record.line_share is None
+    assert (record.ranks[0].bytes_per_s, record.ranks[0].line_share) == (3600.0, None)
+
+
 def test_a_discarded_round_says_how_many_digests_differ_and_has_no_finalize():
     record = record_round(PLAN, seen("a differs", 1))
     assert not record.committed and record.reason == "a differs"
