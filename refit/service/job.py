@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from refit.plan.errors import ConfigError
-from refit.service import gate
 from refit.service.access import FILE, JobAddress
 from refit.service.checkpoint import way_out
 from refit.service.cluster import ENVIRONMENT, Cluster
 from refit.service.config import JobConfig
 from refit.service.coordinator import Coordinator
+from refit.service.gate.check import check, inspect_machine, read_model_config
 from refit.service.grpo.loop import GrpoLoop
 from refit.service.grpo.sampling import Sampler
 from refit.service.grpo.tasks import Task, open_codec
@@ -47,8 +47,8 @@ def run_job(config: JobConfig, command: tuple[str, ...], stream: TextIO) -> dict
     started_s = time.monotonic()
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    model_config = gate.read_model_config(config.policy.model)
-    gate.check(config, model_config, gate.inspect_machine(config))
+    model_config = read_model_config(config.policy.model)
+    check(config, model_config, inspect_machine(config))
     assert model_config is not None, "the gate lets no job pass without a model"
     run_dir = _make_run_dir(config, command)
     with JobProgress.open(stream) as progress, ThreadPoolExecutor(1) as background:

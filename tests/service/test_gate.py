@@ -10,8 +10,8 @@ import pytest
 
 from refit.plan.errors import ConfigError
 from refit.run import CONFIG_FOLDER, load_config
-from refit.service.gate import check, inspect_machine, read_model_config
-from refit.service.gate_rules import Environment
+from refit.service.gate.check import check, inspect_machine, read_model_config
+from refit.service.gate.rules import Environment
 
 LAPTOP = Environment(available_memory_bytes=24 * 2**30, num_cuda_devices=0, taken_ports=(7777,))
 EIGHT_GPUS = dataclasses.replace(LAPTOP, num_cuda_devices=8)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from refit.service.gate_model import ModelFacts
-from refit.service.gate_rules import PRECISIONS, Case, Violation
+from refit.service.gate.model import ModelFacts
+from refit.service.gate.rules import PRECISIONS, Case, Violation
 from refit.transfer.precision.checkpoint import QUANTIZATIONS
 from refit.transfer.precision.codecs import CODECS
 from refit.transfer.precision.fp8 import BLOCK, FP8_BLOCK

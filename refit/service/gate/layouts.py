@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from refit.service.config import PolicyConfig
-from refit.service.gate_model import ModelFacts
-from refit.service.gate_rules import Case, Violation
+from refit.service.gate.model import ModelFacts
+from refit.service.gate.rules import Case, Violation
 
 _ENDS = ("first_stage_layers", "last_stage_layers")
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from refit.service.config import JobConfig
-from refit.service.gate_model import ModelFacts
+from refit.service.gate.model import ModelFacts
 from refit.service.grpo.tasks import TASKS
 from refit.service.memory import needed_bytes
 from refit.train_side.tiny_models import TINY_MODELS
@@ -48,7 +48,7 @@ AT_LEAST_ONE = {
 
 @dataclass(frozen=True, slots=True)
 class Environment:
-    """What this machine offers; see `refit.service.gate.inspect_machine`."""
+    """What this machine offers; see `refit.service.gate.check.inspect_machine`."""
 
     available_memory_bytes: int
     num_cuda_devices: int

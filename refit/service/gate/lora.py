@@ -6,8 +6,8 @@ import math
 from collections.abc import Iterator
 
 from refit.service.config import LORA_REFITS
-from refit.service.gate_model import ModelFacts
-from refit.service.gate_rules import Case, Violation
+from refit.service.gate.model import ModelFacts
+from refit.service.gate.rules import Case, Violation
 from refit.train_side.options import LORA_TARGETS
 from refit.transfer.precision.checkpoint import QUANTIZATIONS
 

@@ -1,6 +1,6 @@
 """The one gate: every setting that cannot work is refused here, all at once, before any actor starts.
 
-Each entry point calls `check`. The rules are in `refit.service.gate_rules`.
+Each entry point calls `check`. The rules are in the files beside this one.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from refit.plan.errors import ConfigError
-from refit.service import gate_layouts
 from refit.service.config import JobConfig
-from refit.service.gate_lora import lora
-from refit.service.gate_model import read_facts
-from refit.service.gate_precision import precisions
-from refit.service.gate_rules import RULES, Case, Environment, sizes
+from refit.service.gate import layouts
+from refit.service.gate.lora import lora
+from refit.service.gate.model import read_facts
+from refit.service.gate.precision import precisions
+from refit.service.gate.rules import RULES, Case, Environment, sizes
 from refit.train_side.tiny_models import TINY_MODELS
 
 CONNECT_TIMEOUT_S = 10.0
@@ -30,7 +30,7 @@ def check(config: JobConfig, model_config: Mapping[str, Any] | None, environment
     `model_config` is what `read_model_config` found; None stands for a folder without a readable config.
     """
     case = _case(config, model_config, environment)
-    rules = (*RULES, gate_layouts.stages, gate_layouts.experts, precisions, lora)
+    rules = (*RULES, layouts.stages, layouts.experts, precisions, lora)
     found = list(sizes(case)) or [violation for rule in rules for violation in rule(case)]
     if found:
         lines = "".join(f"\n  - {violation}" for violation in found)
