@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from refit.plan import RankManifest
-from refit.train_side import build, checkpoint, cpu_compat, lowering
+from refit.train_side import build, checkpoint, cpu_compat
+from refit.train_side.lowering.model import LoweredModel
 from refit.train_side.options import TrainOptions, TrainParallel
 from refit.transfer.precision.scheme import Scheme
 
@@ -32,7 +33,7 @@ def preload() -> None:
 class BareTrainer:
     """Every method except `describe` and `params` is collective over the trainers."""
 
-    def __init__(self, model: build.BuiltModel, lowered: lowering.LoweredModel, rank: int) -> None:
+    def __init__(self, model: build.BuiltModel, lowered: LoweredModel, rank: int) -> None:
         self.rank = rank
         self._model = model
         self._lowered = lowered
@@ -55,7 +56,7 @@ class BareTrainer:
         model = build.build_model(model_dir, parallel, options, trainable=True)
         before_describing(model.chunks)
         with cpu_compat.cpu_megatron():
-            lowered = lowering.LoweredModel.prepare(model, model_dir)
+            lowered = LoweredModel.prepare(model, model_dir)
         return cls(model, lowered, rank)
 
     def describe(self, scheme: Scheme = MappingProxyType({})) -> RankManifest:

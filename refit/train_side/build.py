@@ -12,8 +12,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from refit.train_side import cpu_compat, gtp, lora
+from refit.train_side import cpu_compat
 from refit.train_side.hf_folder import quick_lookups
+from refit.train_side.lora import peft
+from refit.train_side.lowering import gtp
 from refit.train_side.options import LoraOptions, TrainOptions, TrainParallel
 from refit.train_side.provider import configure, none_if_one
 
@@ -103,7 +105,7 @@ def build_model(
     provider = bridge.to_megatron_provider(load_weights=True)
     configure(provider, parallel, options)
     if options.lora is not None:
-        provider.register_pre_wrap_hook(lora.wrapping(options.lora, options.seed))
+        provider.register_pre_wrap_hook(peft.wrapping(options.lora, options.seed))
     quick, sharded = quick_lookups(bridge.hf_pretrained), gtp.sharded_after_loading(provider)
     with cpu_compat.cpu_megatron(), quick, sharded:
         chunks = provider.provide_distributed_model(

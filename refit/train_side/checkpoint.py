@@ -13,10 +13,10 @@ from torch import Tensor
 
 from refit.train_side import cpu_compat
 from refit.train_side.build import BuiltModel
-from refit.train_side.fp8_params import NUM_TERMS, BlockParam, BlockTasks, one_per_block
-from refit.train_side.gtp import WholeWeights
-from refit.train_side.lora_fold import Fold
-from refit.train_side.lowering import LoweredModel, param_name
+from refit.train_side.lora.fold import Fold
+from refit.train_side.lowering.fp8_params import NUM_TERMS, BlockParam, BlockTasks, one_per_block
+from refit.train_side.lowering.gtp import WholeWeights
+from refit.train_side.lowering.model import LoweredModel, param_name
 from refit.transfer.memory import torch_dtype
 from refit.transfer.precision.fp8 import FP8_BLOCK
 

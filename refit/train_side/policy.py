@@ -14,10 +14,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from refit.plan import RankManifest
-from refit.train_side import build, checkpoint, cpu_compat, lora, lowering
+from refit.train_side import build, checkpoint, cpu_compat
 from refit.train_side.batch import TrainBatch
-from refit.train_side.lora_adapters import AdapterTrainer
-from refit.train_side.lora_fold import Fold
+from refit.train_side.lora import peft
+from refit.train_side.lora.adapters import AdapterTrainer
+from refit.train_side.lora.fold import Fold
+from refit.train_side.lowering.model import LoweredModel
 from refit.train_side.microbatches import Microbatch, response_span, split_batch
 from refit.train_side.options import TrainOptions, TrainParallel
 from refit.train_side.steps import Forward, run_schedule
@@ -39,7 +41,7 @@ class PolicyTrainer:
         policy: build.BuiltModel,
         reference: build.BuiltModel | None,
         optimizer: Any,
-        description: lowering.LoweredModel,
+        description: LoweredModel,
         fold: Fold | None,
         options: TrainOptions,
         rank: int,
@@ -76,7 +78,7 @@ class PolicyTrainer:
             reference = build.build_model(model_dir, parallel, options, trainable=False)
         with cpu_compat.cpu_megatron():
             optimizer = _make_optimizer(policy, options)
-            description = lowering.LoweredModel.prepare(policy, model_dir)
+            description = LoweredModel.prepare(policy, model_dir)
         if options.lora is not None:
             fold = Fold.of(policy.chunks, getattr(torch, options.lora.engine_dtype), description.layouts)
         return cls(policy, reference, optimizer, description, fold, options, rank)
@@ -95,7 +97,7 @@ class PolicyTrainer:
         if self._reference is not None:
             yield self._reference
         else:
-            with lora.switched_off(self._policy.chunks):
+            with peft.switched_off(self._policy.chunks):
                 yield self._policy
 
     def _logprobs(self, model: build.BuiltModel, batch: TrainBatch) -> list[list[float]]:
@@ -160,7 +162,7 @@ class PolicyTrainer:
 
         `scheme` says which tensors engines store in FP8: those that this rank stores alike are held as their parts.
 
-        Raises lowering.StaleTasks if a parameter was re-created since `build`.
+        Raises StaleTasks if a parameter was re-created since `build`.
         """
         if self._fold is None:
             return self._description.manifest(self.rank, scheme)

@@ -238,7 +238,7 @@ def rewrite(source: str | Path, folder: str | Path, make: Callable[[str, Any], A
     """
     from safetensors.torch import load_file, save_file
 
-    from refit.train_side.copies import find_copies
+    from refit.train_side.lowering.copies import find_copies
 
     source, folder = Path(source), Path(folder)
     folder.mkdir(parents=True, exist_ok=True)

@@ -54,7 +54,7 @@ def drawn(rank, world_size, address, folder, parallel):
     from megatron.bridge.models.conversion.model_bridge import _megatron_local_name_to_global
 
     from refit.train_side import build as builds
-    from refit.train_side.lora import adapters
+    from refit.train_side.lora.peft import adapters
 
     own_state = mock.patch.object(builds, "seed_everything", lambda seed: torch.manual_seed(seed + 1 + rank))
     with own_state:
@@ -78,7 +78,7 @@ def handed_out(rank, world_size, address):
     import torch
     import torch.distributed as dist
 
-    from refit.train_side.lora import hand_out
+    from refit.train_side.lora.peft import hand_out
 
     dist.init_process_group("gloo", init_method=f"tcp://{address}", rank=rank, world_size=world_size)
     group = dist.new_group([1, 2])
@@ -162,7 +162,7 @@ def reductions(rank, world_size, address, folder):
     import torch
 
     from refit.train_side import cpu_compat
-    from refit.train_side.lora import adapters
+    from refit.train_side.lora.peft import adapters
     from refit.train_side.options import TrainParallel
     from refit.train_side.steps import Forward, run_schedule
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from refit.plan import Holding, canonical, encode_rank_manifest
 from refit.train_side.batch import TrainBatch
-from refit.train_side.copies import find_copies
+from refit.train_side.lowering.copies import find_copies
 from refit.train_side.options import TrainOptions, TrainParallel
 
 TIMEOUT_S = 60.0
@@ -313,7 +313,7 @@ def description_cost(rank, world_size, address, folder):
     import time
 
     from refit.train_side import build, cpu_compat
-    from refit.train_side.lowering import LoweredModel
+    from refit.train_side.lowering.model import LoweredModel
     from refit.train_side.options import TrainOptions
 
     parallel = TrainParallel()
@@ -341,7 +341,8 @@ def description_cost(rank, world_size, address, folder):
 
 def rule_names(rank, world_size, address):
     """The names of Bridge's mapping classes that have a rule."""
-    from refit.train_side import cpu_compat, rules
+    from refit.train_side import cpu_compat
+    from refit.train_side.lowering import rules
 
     cpu_compat.import_bridge()
     return {kind.__name__: rule.__name__ for kind, rule in rules.rules().items()}
@@ -351,8 +352,9 @@ def fused_experts(rank, world_size, address):
     """Holdings of one expert's [rows, 3] cut by TP2, of fused HF tensors in both orientations; asserts all."""
     from types import SimpleNamespace
 
-    from refit.train_side import cpu_compat, rules
-    from refit.train_side.pieces import HfTensor, LocalParam, holdings_of
+    from refit.train_side import cpu_compat
+    from refit.train_side.lowering import rules
+    from refit.train_side.lowering.pieces import HfTensor, LocalParam, holdings_of
 
     cpu_compat.import_bridge()
 

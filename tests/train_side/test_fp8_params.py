@@ -7,9 +7,15 @@ import pytest
 import torch
 
 from refit.plan import Manifest, decode_rank_manifest
-from refit.train_side.fp8_params import NUM_TERMS, BlockParam, block_param, is_block_param, one_per_block
+from refit.train_side.lowering.fp8_params import (
+    NUM_TERMS,
+    BlockParam,
+    block_param,
+    is_block_param,
+    one_per_block,
+)
+from refit.train_side.lowering.pieces import CannotLowerError
 from refit.train_side.options import TrainParallel
-from refit.train_side.pieces import CannotLowerError
 from tests.train_side import quantized_ranks
 from tests.train_side.test_layouts import check_coverage
 

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from refit.plan import Holding
-from refit.train_side import rules
-from refit.train_side.pieces import CannotLowerError, HfTensor, LocalParam, Piece, holdings_of
+from refit.train_side.lowering import rules
+from refit.train_side.lowering.pieces import CannotLowerError, HfTensor, LocalParam, Piece, holdings_of
 from tests.train_side import ranks
 
 COLUMNS = 3

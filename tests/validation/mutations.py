@@ -14,13 +14,13 @@ def run_mutated_rank(mutation, tell, setting, rank):
 
 def planted(mutation):
     """A context with the fault of that name; "no rule for X" takes the rule of Bridge's class X away."""
-    from refit.train_side import lowering, rules
+    from refit.train_side.lowering import model, rules
 
     if mutation.startswith("no rule for "):
         name = mutation.removeprefix("no rule for ")
         left = {kind: rule for kind, rule in rules.rules().items() if kind.__name__ != name}
         assert len(left) == len(rules.rules()) - 1
-        return mock.patch.object(lowering, "rules", lambda: left)
+        return mock.patch.object(model, "rules", lambda: left)
     if mutation == "dense coordinates for experts":
         return with_dense_coordinates(rules)
     wrong = {
@@ -35,7 +35,7 @@ def planted(mutation):
     name, fault = wrong[mutation]
     changed = {kind: fault if kind.__name__ == name else rule for kind, rule in rules.rules().items()}
     assert fault in changed.values(), f"no rule for {name} to change"
-    return mock.patch.object(lowering, "rules", lambda: changed)
+    return mock.patch.object(model, "rules", lambda: changed)
 
 
 def with_dense_coordinates(rules):
@@ -49,14 +49,14 @@ def with_dense_coordinates(rules):
 
 
 def swapped_gate(subject):
-    from refit.train_side import rules
+    from refit.train_side.lowering import rules
 
     gate, up = subject.hf("gate"), subject.hf("up")
     yield from rules._blocks(subject, [(up, 0, up.shape[0]), (gate, 0, gate.shape[0])])
 
 
 def swapped_keys(subject):
-    from refit.train_side import rules
+    from refit.train_side.lowering import rules
 
     keys, values = subject.hf("k"), subject.hf("v")
     other = {keys: values, values: keys}
@@ -65,21 +65,21 @@ def swapped_keys(subject):
 
 
 def without_up(subject):
-    from refit.train_side import rules
+    from refit.train_side.lowering import rules
 
     if "experts" not in subject.only.name or "up_proj" not in subject.only.name:
         yield from rules.auto(subject)
 
 
 def concatenated(subject):
-    from refit.train_side import rules
+    from refit.train_side.lowering import rules
 
     runs = ((part, 0, subject.hf(part).shape[0]) for part in "qkv")
     yield from rules._fused_column(subject, runs, {part: subject.hf(part) for part in "qkv"})
 
 
 def swapped_mamba(subject):
-    from refit.train_side import rules
+    from refit.train_side.lowering import rules
 
     inner, states, heads = rules._mamba_sizes(subject.config)
     starts = (inner, 0, 2 * inner, 2 * inner + states, 2 * (inner + states))
@@ -89,7 +89,7 @@ def swapped_mamba(subject):
 
 def rows_for_columns(subject):
     """Rank 1 of a row-parallel matrix says that it has the columns of rank 0, and the reverse."""
-    from refit.train_side import rules
+    from refit.train_side.lowering import rules
 
     for piece in rules.auto(subject):
         if piece.first_column is None:

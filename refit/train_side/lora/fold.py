@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from refit.plan import RankManifest
-from refit.train_side.lora import Adapter, adapters
+from refit.train_side.lora.peft import Adapter, adapters
 from refit.transfer.memory import dtype_name
 
 

@@ -27,9 +27,10 @@ from refit.plan import (
     hf_name,
 )
 from refit.train_side.build import BuiltModel
-from refit.train_side.copies import find_copies
-from refit.train_side.export_changes import refuse_changes
-from refit.train_side.fp8_params import (
+from refit.train_side.hf_folder import quick_lookups, tensor_shapes
+from refit.train_side.lowering.copies import find_copies
+from refit.train_side.lowering.export_changes import refuse_changes
+from refit.train_side.lowering.fp8_params import (
     block_param,
     is_block_param,
     param_specs,
@@ -37,10 +38,9 @@ from refit.train_side.fp8_params import (
     plain_memory,
     scale_holdings,
 )
-from refit.train_side.gtp import is_shard, local_param
-from refit.train_side.hf_folder import quick_lookups, tensor_shapes
-from refit.train_side.pieces import CannotLowerError, HfTensor, LocalParam, holdings_of
-from refit.train_side.rules import Subject, rules
+from refit.train_side.lowering.gtp import is_shard, local_param
+from refit.train_side.lowering.pieces import CannotLowerError, HfTensor, LocalParam, holdings_of
+from refit.train_side.lowering.rules import Subject, rules
 from refit.transfer.memory import dtype_name
 from refit.transfer.precision.fp8 import FP8_BLOCK
 from refit.transfer.precision.scheme import Scheme

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from refit.train_side.pieces import LocalParam
+from refit.train_side.lowering.pieces import LocalParam
 
 
 def is_shard(weight: Any) -> bool:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from refit.plan import Holding, ParamSpec, TensorSpec
-from refit.train_side.pieces import CannotLowerError
+from refit.train_side.lowering.pieces import CannotLowerError
 from refit.transfer.memory import param_spec
 from refit.transfer.precision.formats import PrecisionError
 from refit.transfer.precision.fp8 import BLOCK, FP8_BLOCK

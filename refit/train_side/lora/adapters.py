@@ -14,8 +14,8 @@ from refit.plan import MiscReason, RankManifest, TensorSpec
 from refit.plan.naming import canonical, peft_names
 from refit.train_side import cpu_compat
 from refit.train_side.build import BuiltModel
-from refit.train_side.lora import Adapter
-from refit.train_side.lowering import LoweredModel, names_made_by, param_name
+from refit.train_side.lora.peft import Adapter
+from refit.train_side.lowering.model import LoweredModel, names_made_by, param_name
 from refit.transfer.memory import dtype_name
 
 WHY_MISC = "adapters go whole to every worker, whose vLLM cuts them"

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from refit.train_side.pieces import CannotLowerError, HfTensor, LocalParam, Piece
+from refit.train_side.lowering.pieces import CannotLowerError, HfTensor, LocalParam, Piece
 
 
 @dataclass(frozen=True, slots=True)

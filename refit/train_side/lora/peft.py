@@ -27,7 +27,7 @@ Chunks = list[Any]
 def wrapping(options: LoraOptions, seed: int) -> Callable[[Chunks], Chunks]:
     """A hook for Bridge's provider: freezes the loaded base, and wraps its targets in adapters that add nothing yet."""
     cpu_compat.import_bridge()
-    from refit.train_side.lora_layers import SummedLoRA
+    from refit.train_side.lora.layers import SummedLoRA
 
     def wrap(chunks: Chunks) -> Chunks:
         lora = SummedLoRA(

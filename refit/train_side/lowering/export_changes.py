@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from refit.train_side.pieces import CannotLowerError
+from refit.train_side.lowering.pieces import CannotLowerError
 
 
 def refuse_changes(
