@@ -31,7 +31,7 @@ from refit.plan.errors import ConfigError, PlanError
 from refit.service.config import JobConfig, apply_environment, known_keys, nearest_key
 from refit.transfer.errors import RefitFailed, TransportError
 
-CONFIG_FOLDER = Path(__file__).resolve().parent.parent / "configs"
+SHARED_CONFIGS = Path("share", "refit", "configs")  # below the environment that a wheel was installed into
 FLAG = "nccl_xfer_refit"
 OK, FAILED, REFUSED, INTERRUPTED = 0, 1, 2, 130
 
@@ -65,7 +65,7 @@ def load_config(
     config_name: str = "default", overrides: Sequence[str] = (), config_dir: Path | None = None
 ) -> JobConfig:
     """Compose `config_name` with `overrides` and the environment variables. Raises ConfigError with one message."""
-    folder = CONFIG_FOLDER if config_dir is None else config_dir.resolve()
+    folder = config_folder() if config_dir is None else config_dir.resolve()
     if not (folder / f"{config_name.removesuffix('.yaml')}.yaml").is_file():
         there = ", ".join(sorted(path.stem for path in folder.glob("*.yaml"))) or "no configuration at all"
         raise ConfigError(f"--config-name {config_name!r}: {folder} holds {there}")
@@ -81,6 +81,12 @@ def load_config(
     if not isinstance(config.policy.nccl_xfer_refit, bool):
         raise ConfigError(f"policy.{FLAG} is {config.policy.nccl_xfer_refit!r}: it must be true or false")
     return apply_environment(config, os.environ)
+
+
+def config_folder() -> Path:
+    """`configs/` of the source tree; for an installed wheel, where it has put the same files."""
+    beside = Path(__file__).resolve().parent.parent / "configs"
+    return beside if beside.is_dir() else Path(sys.prefix) / SHARED_CONFIGS
 
 
 def _register_schema() -> None:

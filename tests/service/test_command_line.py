@@ -14,7 +14,7 @@ import pytest
 
 from refit import run
 from refit.plan.errors import ConfigError
-from refit.run import CONFIG_FOLDER, load_config, main
+from refit.run import config_folder, load_config, main
 from refit.service.config import known_keys
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -97,9 +97,9 @@ def test_each_named_configuration_has_the_layout_of_its_name(name, trainers, eng
 
 
 def test_every_configuration_file_composes_with_every_key_present_but_the_flag():
-    for file in CONFIG_FOLDER.glob("*.yaml"):
+    for file in config_folder().glob("*.yaml"):
         load_config(file.stem)
-    text = (CONFIG_FOLDER / "default.yaml").read_text()
+    text = (config_folder() / "default.yaml").read_text()
     missing = [key for key in known_keys() if f"{key.rpartition('.')[2]}:" not in text]
     assert missing == ["policy.nccl_xfer_refit"]
 

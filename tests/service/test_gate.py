@@ -9,7 +9,7 @@ import socket
 import pytest
 
 from refit.plan.errors import ConfigError
-from refit.run import CONFIG_FOLDER, load_config
+from refit.run import config_folder, load_config
 from refit.service.gate.check import check, inspect_machine, read_model_config
 from refit.service.gate.rules import Environment
 
@@ -352,7 +352,7 @@ def test_an_address_where_nobody_listens_is_seen(address, answers):
     )
 
 
-@pytest.mark.parametrize("name", sorted(path.stem for path in CONFIG_FOLDER.glob("*.yaml")))
+@pytest.mark.parametrize("name", sorted(path.stem for path in config_folder().glob("*.yaml")))
 def test_every_named_configuration_passes_on_a_laptop(models, name):
     config = load_config(name)
     check(config, models[config.policy.model], LAPTOP)
