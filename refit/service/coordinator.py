@@ -90,6 +90,9 @@ class Coordinator:
         self._trainers = {f"train rank {rank}": actor for rank, actor in enumerate(trainers)}
         self._roster = Roster(generators, supply)
         self._session: Session | None = None
+        self._seated: tuple[
+            int, ...
+        ] = ()  # the replicas of the newest prepare by place, also of one that failed
         self._stale = True
         self._num_sessions = 0
         self._forgettable: list[ControlStore] = []
@@ -269,8 +272,8 @@ class Coordinator:
         """The member that a failure names as the one it happened to."""
         if not isinstance(error, RefitFailed) or self._session is None:
             return ()
-        session = self._session
-        replica = replica_of(error.failure.who, session.replicas, session.workers_per_replica)
+        size = self._config.generation.workers_per_replica
+        replica = replica_of(error.failure.who, self._seated, size)
         return (replica,) if replica in self._roster.fleet.members else ()
 
     def _prepared(self) -> Session:
@@ -281,6 +284,7 @@ class Coordinator:
         members = self._roster.fleet.members
         if not members:
             raise RefitFailed(Failure("prepare", "coordinator", f"no generator is left: {self.states()}"))
+        self._seated = tuple(members)
         control = self._host.under(f"{self._host.run_id}-{self._num_sessions}")
         self._forgettable.append(control)
         calls = prepare_calls(self._config, control, self._trainers, self._roster.named(members))
@@ -293,7 +297,7 @@ class Coordinator:
             self._give_up(joint, "prepare")
         assert joint.result is not None, "without a cause there is a plan"
         size = self._config.generation.workers_per_replica
-        self._session = Session(control, joint.result, record_plan(joint.result), tuple(members), size)
+        self._session = Session(control, joint.result, record_plan(joint.result), self._seated, size)
         self._stale = False
         while self._forgettable[1:]:
             self._forgettable.pop(0).forget()  # all who are left have left it
@@ -350,7 +354,9 @@ class Coordinator:
         """
         commit = joint.result is not None and not joint.result.reason
         calls = {who: actor.finish.remote(version, attempt) for who, actor in staged.items()}
-        answers = gather(calls, "commit", 2 * self._timeout_s, settle_s=self._probe_s)
+        # A decision stands, so nobody waits for another: each may take the time that its own finish is given.
+        limit_s = 2 * self._timeout_s
+        answers = gather(calls, "commit", limit_s, settle_s=limit_s)
         finishes = {who: Finish.of_answer(answer) for who, answer in answers.results.items()}
         self._roster.settle(version, {who: finish.version for who, finish in finishes.items()}, commit)
         self.leave_out(answers, "commit")
