@@ -26,10 +26,10 @@ from refit.service.agreement import (
     sent_digests,
 )
 from refit.service.config import JobConfig
-from refit.service.fleet import name_of, replica_of
+from refit.service.fleet import replica_of
 from refit.service.reader import Reader, reader_in_job
 from refit.service.refit_record import PlanRecord, RefitRecord, Round, record_plan, record_round
-from refit.service.roster import Roster, Supply, TrainerLost
+from refit.service.roster import NotCommitted, Roster, Supply, TrainerLost
 from refit.service.rounds import (
     Finish,
     Joint,
@@ -269,7 +269,9 @@ class Coordinator:
         return True
 
     def _replicas_behind(self, error: Exception) -> tuple[int, ...]:
-        """The member that a failure names as the one it happened to."""
+        """The members that did not commit, or the one that a failure names as the one it happened to."""
+        if isinstance(error, NotCommitted):
+            return error.replicas
         if not isinstance(error, RefitFailed) or self._session is None:
             return ()
         size = self._config.generation.workers_per_replica
@@ -349,7 +351,7 @@ class Coordinator:
     ) -> dict[str, Finish]:
         """Let those that have staged carry the decision out; without one they discard. Updates every state.
 
-        Returns what came of it by name. Raises _Lost when nobody committed what was decided, TransportError when some
+        Returns what came of it by name. Raises _Lost when nobody committed what was decided, NotCommitted when some
         serve the old version still.
         """
         commit = joint.result is not None and not joint.result.reason
@@ -364,19 +366,10 @@ class Coordinator:
             self._roster.note(f"after the decision, which stands: {joint.cause}")
             self.leave_out(joint.answers, "refit")
         if commit:
-            self._require_committed(version, answers.cause)
+            self._roster.require_committed(version, answers.cause)
+            if not self._roster.fleet.members:
+                raise _Lost
         return finishes
-
-    def _require_committed(self, version: int, cause: Failure | None) -> None:
-        """Raises _Lost if nobody is left who could commit, TransportError if some serve an old version still."""
-        fleet = self._roster.fleet
-        behind = [name_of(replica) for replica in fleet.members if fleet.state(replica).version != version]
-        if behind:
-            raise TransportError(
-                f"version {version} was to be committed, but {', '.join(behind)} did not, and serves as before: {cause}"
-            )
-        if not fleet.members:
-            raise _Lost
 
     def _decide(self, session: Session, attempt: int, version: int) -> _Decided:
         reports = collect_reports(session.control, session.plan, attempt, version, self._timeout_s)

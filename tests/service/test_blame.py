@@ -41,6 +41,15 @@ class Busy(PlainReplica):
         return super().finish(version, attempt)
 
 
+class Restless(PlainReplica):
+    """Its requests never end, so that it commits nothing, and serves on."""
+
+    def finish(self, version, attempt):
+        self.num_tries = getattr(self, "num_tries", 0) + 1
+        with self._doing("finish"):
+            raise RuntimeError(f"requests have not ended, time {self.num_tries}")
+
+
 class MixedCrew(Crew):
     """`kinds` says which class the next actors of a replica are made of; plain ones after those."""
 
@@ -91,3 +100,14 @@ def test_who_takes_its_time_to_commit_is_not_left_out_because_another_died(job_o
         assert coordinator.states()["generator 1"] == "serving(1)"
         assert crew.generators[1] is busy, "nobody replaced it"
         assert ray.get(busy.weight_version.remote(), timeout=60.0) == 1
+
+
+def test_who_does_not_commit_again_and_again_is_left_out_and_the_rest_go_on(job_of, tmp_path):
+    with job_of(tmp_path, 2, {1: [Restless]}) as (coordinator, _):
+        record = coordinator.refit(1)
+        assert record.committed
+        assert any("requests have not ended, time 2" in words for words in record.incidents), (
+            "it was repeated"
+        )
+        assert record.replicas["generator 0"] == "serving(1)"
+        assert record.replicas["generator 1"].startswith("failed(version 1 was to be committed")
