@@ -26,10 +26,10 @@ from refit.service.agreement import (
     sent_digests,
 )
 from refit.service.config import JobConfig
-from refit.service.fleet import name_of, replica_of
+from refit.service.fleet import replica_of
 from refit.service.reader import Reader, reader_in_job
 from refit.service.refit_record import PlanRecord, RefitRecord, Round, record_plan, record_round
-from refit.service.roster import Roster, Supply, TrainerLost
+from refit.service.roster import NotCommitted, Roster, Supply, TrainerLost
 from refit.service.rounds import (
     Finish,
     Joint,
@@ -90,6 +90,9 @@ class Coordinator:
         self._trainers = {f"train rank {rank}": actor for rank, actor in enumerate(trainers)}
         self._roster = Roster(generators, supply)
         self._session: Session | None = None
+        self._seated: tuple[
+            int, ...
+        ] = ()  # the replicas of the newest prepare by place, also of one that failed
         self._stale = True
         self._num_sessions = 0
         self._forgettable: list[ControlStore] = []
@@ -266,11 +269,13 @@ class Coordinator:
         return True
 
     def _replicas_behind(self, error: Exception) -> tuple[int, ...]:
-        """The member that a failure names as the one it happened to."""
+        """The members that did not commit, or the one that a failure names as the one it happened to."""
+        if isinstance(error, NotCommitted):
+            return error.replicas
         if not isinstance(error, RefitFailed) or self._session is None:
             return ()
-        session = self._session
-        replica = replica_of(error.failure.who, session.replicas, session.workers_per_replica)
+        size = self._config.generation.workers_per_replica
+        replica = replica_of(error.failure.who, self._seated, size)
         return (replica,) if replica in self._roster.fleet.members else ()
 
     def _prepared(self) -> Session:
@@ -281,6 +286,7 @@ class Coordinator:
         members = self._roster.fleet.members
         if not members:
             raise RefitFailed(Failure("prepare", "coordinator", f"no generator is left: {self.states()}"))
+        self._seated = tuple(members)
         control = self._host.under(f"{self._host.run_id}-{self._num_sessions}")
         self._forgettable.append(control)
         calls = prepare_calls(self._config, control, self._trainers, self._roster.named(members))
@@ -293,7 +299,7 @@ class Coordinator:
             self._give_up(joint, "prepare")
         assert joint.result is not None, "without a cause there is a plan"
         size = self._config.generation.workers_per_replica
-        self._session = Session(control, joint.result, record_plan(joint.result), tuple(members), size)
+        self._session = Session(control, joint.result, record_plan(joint.result), self._seated, size)
         self._stale = False
         while self._forgettable[1:]:
             self._forgettable.pop(0).forget()  # all who are left have left it
@@ -352,12 +358,14 @@ class Coordinator:
     ) -> dict[str, Finish]:
         """Let those that have staged carry the decision out; without one they discard. Updates every state.
 
-        Returns what came of it by name. Raises _Lost when nobody committed what was decided, TransportError when some
+        Returns what came of it by name. Raises _Lost when nobody committed what was decided, NotCommitted when some
         serve the old version still.
         """
         commit = joint.result is not None and not joint.result.reason
         calls = {who: actor.finish.remote(version, attempt) for who, actor in staged.items()}
-        answers = gather(calls, "commit", 2 * self._timeout_s, settle_s=self._probe_s)
+        # A decision stands, so nobody waits for another: each may take the time that its own finish is given.
+        limit_s = 2 * self._timeout_s
+        answers = gather(calls, "commit", limit_s, settle_s=limit_s)
         finishes = {who: Finish.of_answer(answer) for who, answer in answers.results.items()}
         self._roster.settle(version, {who: finish.version for who, finish in finishes.items()}, commit)
         self.leave_out(answers, "commit")
@@ -365,19 +373,10 @@ class Coordinator:
             self._roster.note(f"after the decision, which stands: {joint.cause}")
             self.leave_out(joint.answers, "refit")
         if commit:
-            self._require_committed(version, answers.cause)
+            self._roster.require_committed(version, answers.cause)
+            if not self._roster.fleet.members:
+                raise _Lost
         return finishes
-
-    def _require_committed(self, version: int, cause: Failure | None) -> None:
-        """Raises _Lost if nobody is left who could commit, TransportError if some serve an old version still."""
-        fleet = self._roster.fleet
-        behind = [name_of(replica) for replica in fleet.members if fleet.state(replica).version != version]
-        if behind:
-            raise TransportError(
-                f"version {version} was to be committed, but {', '.join(behind)} did not, and serves as before: {cause}"
-            )
-        if not fleet.members:
-            raise _Lost
 
     def _decide(self, session: Session, attempt: int, version: int) -> _Decided:
         reports = collect_reports(session.control, session.plan, attempt, version, self._timeout_s)

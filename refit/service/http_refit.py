@@ -174,7 +174,8 @@ class HttpRefit:
         mismatches = mismatches_of(self.plan, reports)
         reason = describe_mismatches(mismatches)
         decided_s = time.monotonic()
-        paused_s = self._carry_out(None if mismatches else version, attempt, reason)
+        wanted = None if mismatches else version
+        paused_s = self._led("commit", lambda: self._carry_out(wanted, attempt, reason))
         driver = {
             "pause": paused_s,
             "stage": staged_s - started_s,
@@ -226,15 +227,17 @@ class HttpRefit:
                 raise RefitFailed(self._session.control.fail("refit", "coordinator", words))
 
     def _start(self, phase: str, replica: int, call: Callable[[], None]) -> Future[None]:
-        """Make a call to a server on a thread; its failure is told to everybody, which ends all waits."""
+        """Make a call to a server on a thread; its failure is told to everybody, which ends all waits.
+
+        It ends the session that is open now, also if another has been opened until it fails.
+        """
+        control = self._session.control
 
         def told() -> None:
             try:
                 call()
             except Exception as error:
-                raise RefitFailed(
-                    self._session.control.fail(phase, f"server {replica}", str(error))
-                ) from error
+                raise RefitFailed(control.fail(phase, f"server {replica}", str(error))) from error
 
         return self._pool.submit(told)
 

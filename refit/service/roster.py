@@ -11,7 +11,7 @@ import ray
 
 from refit.service.fleet import FAILED, STAGING, Fleet, name_of
 from refit.service.waiting import Answers, gather
-from refit.transfer.errors import Failure, RefitFailed
+from refit.transfer.errors import Failure, RefitFailed, TransportError
 
 TRAINER = "train rank "
 
@@ -28,6 +28,14 @@ class Supply(Protocol):
 
 class TrainerLost(RefitFailed):
     """A trainer is gone with its share of the weights: nothing can be repeated without it."""
+
+
+class NotCommitted(TransportError):  # noqa: N818 - named like TrainerLost
+    """A version was decided on, and `replicas` serve an older one still."""
+
+    def __init__(self, replicas: tuple[int, ...], message: str) -> None:
+        super().__init__(message)
+        self.replicas = replicas
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +123,16 @@ class Roster:
             self.fleet.discard(replica)
             if not commit and says == version != state.version:
                 self.drop(replica, f"it serves version {version}, which was discarded")
+
+    def require_committed(self, version: int, cause: Failure | None) -> None:
+        """Raises NotCommitted if a generator that is left does not serve `version`, which all were to commit."""
+        behind = tuple(k for k in self.fleet.members if self.fleet.state(k).version != version)
+        if behind:
+            names = ", ".join(name_of(replica) for replica in behind)
+            words = (
+                f"version {version} was to be committed, but {names} did not, and serves as before: {cause}"
+            )
+            raise NotCommitted(behind, words)
 
     def admit(self, timeout_s: float) -> bool:
         """Let replacements that are built join; True if there was one. With no member left, waits for the first."""
