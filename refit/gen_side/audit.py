@@ -3,7 +3,8 @@
 A parameter is *plain* if processing left its bytes as loaded: its digests are taken from live memory. It is
 *packed* if the kernel computes with memory that can only be read through it (`readback`): its digests are taken
 from what the kernel uses. Anything else is *repacked*: the digest of its live bytes is kept at the commit, and a
-later change shifts the digests of all tensors in it.
+later change shifts the digests of all tensors in it. So it is where the loader stores a function of a tensor (Mamba's
+A = -exp(A_log)): the digest is that of the tensor as received, shifted if what is stored is not that function of it.
 """
 
 from __future__ import annotations
@@ -21,8 +22,10 @@ from refit.gen_side.staging import Staging
 from refit.gen_side.switch import plain
 from refit.gen_side.trace import LoaderTrace
 from refit.plan.manifest import Holding
+from refit.plan.naming import canonical
 from refit.plan.region import Region, first_overlap, uncovered
 from refit.transfer.digest import MASK, digest, whole_digest
+from refit.transfer.inverse import replay
 from refit.transfer.memory import as_bytes, strided_box
 
 Digests = dict[tuple[str, str], int]
@@ -76,7 +79,7 @@ def observe_staging(model: torch.nn.Module, staging: Staging) -> Loaded:
     memory = {name: plain(tensor) for name, tensor in staging.tensors.items() if name in trace.written}
     packed = {name: memory[name] + 0 for name, _ in packed_params(model, trace) if name in memory}
     return Loaded(
-        digests=_tensor_digests(trace, memory),
+        digests=_tensor_digests(trace, memory) | _digests_of_computed(staging, memory),
         unsigned=_tensor_digests(trace, packed),
         params={name: whole_digest(tensor) for name, tensor in memory.items()},
         shapes={name: tuple(tensor.shape) for name, tensor in memory.items()},
@@ -130,11 +133,12 @@ def _audited_digests(
     loaded = committed.loaded
     found = _tensor_digests(trace, {name: live[name] for name in committed.plain})
     through_kernel = _tensor_digests(trace, packed)
+    computed = {inverse.param.name for inverse in trace.inverses}
     for key, value in loaded.digests.items():
         param = key[1]
         if key in through_kernel and through_kernel[key] != loaded.unsigned[key]:
             found[key] = through_kernel[key]
-        elif param not in committed.plain and param in committed.live:
+        elif param in committed.live and (param in computed or param not in committed.plain):
             found[key] = (value + now[param] - committed.live[param]) & MASK
         elif param not in committed.plain and key in through_kernel:
             found[key] = value
@@ -173,6 +177,28 @@ def _tensor_digests(trace: LoaderTrace, memory: Mapping[str, torch.Tensor]) -> D
             key = (piece.tensor, piece.param)
             found[key] = (found[key] + digest(view, piece.region, shapes[piece.tensor])) & MASK
     return dict(found)
+
+
+def _digests_of_computed(staging: Staging, memory: Mapping[str, torch.Tensor]) -> Digests:
+    """By whole tensor: of what was received, plus how far what is stored is from the loader's function of it."""
+    found: Digests = {}
+    for inverse in staging.trace.inverses:
+        stored = memory[inverse.param.name]
+        for holding in inverse.holdings:
+            region, key = holding.region, (holding.tensor, holding.param)
+            whole = _whole(staging.computed_from, holding.tensor)
+            shape = tuple(whole.shape)
+            box = whole[tuple(map(slice, region.starts, region.stops))].to(stored.dtype)
+            held = digest(strided_box(stored, region.shape, holding.strides, holding.offset), region, shape)
+            drift = held - digest(replay(inverse.steps, box), region, shape)
+            found[key] = (found.get(key, digest(whole, Region.whole(shape), shape)) + drift) & MASK
+    return found
+
+
+def _whole(received: Mapping[str, torch.Tensor], tensor: str) -> torch.Tensor:
+    """A canonical tensor from its HF tensors, experts stacked."""
+    parts = {canonical(name)[1]: part for name, part in received.items() if canonical(name)[0] == tensor}
+    return parts[None] if None in parts else torch.stack([parts[expert] for expert in range(len(parts))])
 
 
 def _read_all_packed(model: torch.nn.Module, trace: LoaderTrace) -> dict[str, torch.Tensor]:

@@ -34,6 +34,7 @@ from refit.gen_side.layout import (
 )
 from refit.gen_side.switch import Switch, plain
 from refit.gen_side.trace import LoaderTrace
+from refit.plan.naming import canonical
 
 type Weights = Iterable[tuple[str, torch.Tensor]]
 type Addresses = dict[str, dict[str, tuple[int, tuple[int, ...]]]]
@@ -71,6 +72,8 @@ class Staging:
     tensors: dict[str, torch.Tensor]
     modules: dict[str, dict[str, torch.Tensor]]
     attention_loads: dict[str, tuple[list[Any], int]] = field(default_factory=dict)
+    computed_from: dict[str, torch.Tensor] = field(default_factory=dict)
+    """Copies of the HF tensors, by HF name, that the loader stored a function of: see `trace.inverses`."""
     switch: Switch = field(default_factory=Switch)
     addresses: Addresses = field(default_factory=dict)
     state: str = "open"
@@ -144,13 +147,8 @@ class Staging:
 
     def release(self) -> None:
         """Give back what the staging held, and what it has replaced."""
-        self.tensors, self.modules, self.attention_loads, self.switch, self.addresses = (
-            {},
-            {},
-            {},
-            Switch(),
-            {},
-        )
+        self.tensors, self.modules, self.attention_loads, self.computed_from = {}, {}, {}, {}
+        self.switch, self.addresses = Switch(), {}
 
     def discard(self) -> None:
         """Forget the staging. The version that was live before `begin` is live."""
@@ -206,7 +204,10 @@ class Staging:
 
     def _keep_deferred(self, weights: Weights) -> Iterator[tuple[str, torch.Tensor]]:
         """Attention keeps what it is given until the commit, longer than a receive buffer lives: copy that."""
+        inverted = {holding.tensor for inverse in self.trace.inverses for holding in inverse.holdings}
         for name, tensor in weights:
+            if canonical(name)[0] in inverted:
+                self.computed_from[name] = tensor.clone()
             yield name, tensor.clone() if name in self.trace.deferred else tensor
 
     def _keep_attention_loads(self) -> None:

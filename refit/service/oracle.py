@@ -16,7 +16,9 @@ from refit.plan.region import uncovered
 from refit.transfer.digest import MASK, digest
 
 type Shares = dict[str, tuple[TensorSpec, dict[int, tuple[Region, ...]]]]
-"""Tensor -> its spec on the generators, and by gen rank disjoint regions that cover what the rank holds."""
+"""Tensor -> its spec on the generators, and by gen rank disjoint regions that cover what the rank holds.
+
+Where a rank's loader makes something of a tensor, so that it holds no part of it as such, the region is all of it."""
 
 
 def shares_of(gen: Manifest) -> Shares:
@@ -27,6 +29,9 @@ def shares_of(gen: Manifest) -> Shares:
         for holding in rank.holdings:
             _, by_rank = shares.setdefault(holding.tensor, (specs[holding.tensor], {}))
             by_rank[rank.rank] = _joined(by_rank.get(rank.rank, ()), holding.region)
+        for reason in rank.misc:
+            spec, by_rank = shares.setdefault(reason.tensor, (specs[reason.tensor], {}))
+            by_rank[rank.rank] = (Region.whole(spec.shape),)
     return shares
 
 
@@ -44,10 +49,13 @@ def digests_of(
             continue  # no generator holds it, for example an lm_head that is tied
         spec, by_rank = shares[canonical_name]
         wire = tensor.detach().to(getattr(torch, spec.dtype))
+        totals = {  # ranks of one place in their engines hold the same
+            regions: sum(_part(wire, region, expert, spec) for region in regions)
+            for regions in set(by_rank.values())
+        }
         for gen_rank, regions in by_rank.items():
             parts = sums.setdefault(canonical_name, {})
-            total = sum(_part(wire, region, expert, spec) for region in regions)
-            parts[gen_rank] = (parts.get(gen_rank, 0) + total) & MASK
+            parts[gen_rank] = (parts.get(gen_rank, 0) + totals[regions]) & MASK
     return {
         name: {str(first_gen_rank + gen_rank): f"{total:016x}" for gen_rank, total in parts.items()}
         for name, parts in sums.items()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from refit.plan import Holding, Manifest, ParamSpec, RankManifest, Region, TensorSpec
+from refit.plan import Holding, Manifest, MiscReason, ParamSpec, RankManifest, Region, TensorSpec
 from refit.service.oracle import digests_of, shares_of
 from refit.transfer.digest import digest
 
@@ -76,3 +76,15 @@ def test_one_changed_element_changes_the_digest_of_its_owner_alone():
     after = digests_of([(WEIGHT, changed)], shares, 0)[WEIGHT]
     assert before["0"] == after["0"]
     assert before["1"] != after["1"]
+
+
+def test_a_rank_whose_loader_makes_something_of_a_tensor_is_owed_the_digest_of_all_of_it():
+    top = Region((0, 0), (4, 4))
+    makes = RankManifest(
+        "gen", 1, 0, 0, (TensorSpec(WEIGHT, (6, 4), "bfloat16"),), (), (), (MiscReason(WEIGHT, "exp of it"),)
+    )
+    gen = Manifest("gen", (rank(0, [hold(WEIGHT, top)]), makes))
+    full = torch.randn(6, 4)
+    found = digests_of([(WEIGHT, full)], shares_of(gen), first_gen_rank=0)
+    whole = Region.whole((6, 4))
+    assert found == {WEIGHT: {"0": hex_of(full, top, (6, 4)), "1": hex_of(full, whole, (6, 4))}}
