@@ -161,6 +161,24 @@ def mismatches_of(plan: Plan, reports: Mapping[int, Any]) -> tuple[Mismatch, ...
     return tuple(sorted(found, key=lambda mismatch: (mismatch.tensor, mismatch.gen_rank)))
 
 
+def judge_audit(
+    plan: Plan, trained: Sequence[Mapping[str, Mapping[str, str]]], audited: Mapping[int, Any]
+) -> VerifyReport:
+    """What engines hold now against what each trainer's export says.
+
+    `trained`: per trainer, digests by tensor and joint rank, as hex. `audited`: what each generator rank answered.
+    Tensors that an engine keeps in no layout with a digest are judged by the hashes of the last commit alone.
+    """
+    trainers = [{"digests": digests} for digests in trained]
+    mismatches: list[Mismatch] = []
+    for gen_rank, found in audited.items():
+        sent, live = sent_digests(trainers, plan.num_train + gen_rank), found["digests"]
+        mismatches += compare(gen_rank, {name: sent[name] for name in sent if name in live}, live)
+    changed = tuple((rank, name) for rank, found in audited.items() for name in found["changed"])
+    hashes = tuple(found["params_sha256"] for found in audited.values())
+    return VerifyReport(tuple(sorted(mismatches, key=str)), changed, hashes)
+
+
 def sent_digests(trainers: Sequence[Any], rank: int) -> dict[str, str]:
     """What all trainers together sent to one joint rank: the sum of their digests, per tensor, as hex."""
     sums: dict[str, int] = {}

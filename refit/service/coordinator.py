@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
@@ -16,14 +16,12 @@ import ray
 
 from refit.plan import Plan
 from refit.service.agreement import (
-    Mismatch,
     VerifyReport,
     agree_on_plan,
     collect_reports,
-    compare,
     describe_mismatches,
+    judge_audit,
     mismatches_of,
-    sent_digests,
 )
 from refit.service.config import JobConfig
 from refit.service.fleet import replica_of
@@ -39,6 +37,7 @@ from refit.service.rounds import (
     terms_of,
     together,
 )
+from refit.service.session import Session
 from refit.service.waiting import Answers, gather
 from refit.transfer.errors import Failure, RefitFailed, TransportError
 from refit.transfer.protocol import attempt_keys, audit_keys, decision_key
@@ -55,23 +54,6 @@ class _Decided:
     num_differing: int
     reason: str
     seconds: float
-
-
-@dataclass(frozen=True, slots=True)
-class Session:
-    """What one prepare agreed on: keys of the control store, plan, and the replicas in it by place."""
-
-    control: ControlStore
-    plan: Plan
-    plan_record: PlanRecord
-    replicas: tuple[int, ...]
-    workers_per_replica: int
-
-    def gen_ranks(self, replicas: Iterable[int]) -> tuple[int, ...]:
-        """The generator ranks of those of `replicas` that are in this session."""
-        wanted, size = set(replicas), self.workers_per_replica
-        places = [place for place, replica in enumerate(self.replicas) if replica in wanted]
-        return tuple(rank for place in places for rank in range(place * size, (place + 1) * size))
 
 
 class Coordinator:
@@ -198,20 +180,12 @@ class Coordinator:
             lost = self.leave_out(answers, "verify")
             if not lost or not self.serving() or not self._trainers.keys() <= answers.results.keys():
                 raise RefitFailed(answers.cause or Failure("verify", "coordinator", "no answer"))
-        trainers = [{"digests": answers.results[who]} for who in self._trainers]
         audited = {
             gen_rank: self._audit_of(session, audit, gen_rank)
             for gen_rank in session.gen_ranks(self._roster.fleet.serving)
         }
         session.control.forget(audit_keys(audit))
-        mismatches: list[Mismatch] = []
-        for gen_rank, found in audited.items():
-            sent = sent_digests(trainers, session.plan.num_train + gen_rank)
-            live = found["digests"]
-            mismatches += compare(gen_rank, {name: sent[name] for name in sent if name in live}, live)
-        changed = tuple((rank, name) for rank, found in audited.items() for name in found["changed"])
-        hashes = tuple(found["params_sha256"] for found in audited.values())
-        return VerifyReport(tuple(sorted(mismatches, key=str)), changed, hashes)
+        return judge_audit(session.plan, [answers.results[who] for who in self._trainers], audited)
 
     def reader(self, place: int = 0) -> Reader:
         """Reads of what the `place`-th engine of the last prepare serves."""
