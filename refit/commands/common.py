@@ -80,6 +80,14 @@ def planned(arguments: argparse.Namespace) -> Planned:
     return Planned(model.name, plan, topology, fan, described - started, done - described)
 
 
+def count(text: str) -> int:
+    """A whole number from 0 on, for argparse."""
+    number = int(text)
+    if number < 0:
+        raise argparse.ArgumentTypeError(f"{number} is below 0")
+    return number
+
+
 def rank_name(plan: Plan, rank: int) -> str:
     """A joint rank in words."""
     return f"train {rank}" if rank < plan.num_train else f"gen {rank - plan.num_train}"

@@ -29,6 +29,8 @@ def run(arguments: argparse.Namespace) -> int:
     tensor = plan.tensors.get(name)
     if tensor is None:
         raise ConfigError(f"tensor {name!r} is not in this model; {_nearest(name, plan.tensors)}")
+    if expert is not None and expert >= tensor.shape[0]:
+        raise ConfigError(f"{arguments.tensor!r}: the experts of this layer are 0 to {tensor.shape[0] - 1}")
     routes = [
         route
         for route in routes_of(plan, name)

@@ -5,7 +5,7 @@ import json
 import time
 from typing import Any
 
-from refit.commands.common import Planned, add_plan_arguments, planned, rank_name
+from refit.commands.common import Planned, add_plan_arguments, count, planned, rank_name
 from refit.commands.misc import by_reason, lines
 from refit.commands.tables import amount, seconds, show
 from refit.plan import MISC, Plan, RankPlan
@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_plan_arguments(parser)
     parser.add_argument(
         "--streams",
-        type=int,
+        type=count,
         default=0,
         help="trainer stages in flight at once for predicted_s; 0 (default) means all",
     )

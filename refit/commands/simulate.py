@@ -5,7 +5,7 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
-from refit.commands.common import Planned, add_plan_arguments, planned, rank_name
+from refit.commands.common import Planned, add_plan_arguments, count, planned, rank_name
 from refit.commands.tables import amount, seconds, show
 from refit.plan import ConfigError, Plan
 from refit.plan.cost import cost_of
@@ -19,7 +19,10 @@ COLOURS = ("#3b6ea5", "#c0603a", "#4f8a5b", "#8c5fa8", "#b59a2c", "#3f9aa0", "#a
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_plan_arguments(parser)
     parser.add_argument(
-        "--streams", type=int, default=0, help="trainer stages in flight per generator; 0 (default) means all"
+        "--streams",
+        type=count,
+        default=0,
+        help="trainer stages in flight per generator; 0 (default) means all",
     )
     parser.add_argument(
         "--slow",
@@ -65,12 +68,19 @@ def run(arguments: argparse.Namespace) -> int:
         done.plan, done.topology, arguments.streams or None, faults, done.fan if arguments.fan_out else None
     )
     if arguments.picture is not None:
-        arguments.picture.write_text(picture(done.plan, timeline))
+        _write(arguments.picture, picture(done.plan, timeline))
     if arguments.json:
         print(json.dumps(_report(done, timeline)))
     else:
         _print(done, timeline, arguments)
     return 0
+
+
+def _write(file: Path, text: str) -> None:
+    try:
+        file.write_text(text)
+    except OSError as error:
+        raise ConfigError(f"--picture {file} cannot be written: {error}; name another file") from error
 
 
 def _fault(plan: Plan, text: str) -> tuple[int, float]:

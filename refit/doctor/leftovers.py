@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import time
 from pathlib import Path
 
@@ -37,7 +38,9 @@ def shared_memory(host: Host) -> Check:
     }
     if not found:
         return Check(AREA, "shared memory", "ok", "no segment without a process")
-    shown = " ".join(map(str, list(found)[:MAX_NAMES])) + (" ..." if len(found) > MAX_NAMES else "")
+    shown = " ".join(shlex.quote(str(path)) for path in list(found)[:MAX_NAMES]) + (
+        " ..." if len(found) > MAX_NAMES else ""
+    )
     advice = f"no process maps them: rm {shown}"
     return Check(
         AREA, "shared memory", "warn", f"{len(found)} segments, {amount(sum(found.values()))}", advice

@@ -162,7 +162,9 @@ class Generator:
         ]
         inputs = [as_input(prompt) for prompt in prompts]
         with self._bounded("generate", self._options.call_timeout_s):
-            return self._requests.answer(inputs, sampling, self._options.call_timeout_s)
+            answers = self._requests.answer(inputs, sampling, self._options.call_timeout_s)
+        self._require_whole()  # else a commit failed amid them, and some tokens are no version's
+        return answers
 
     def score(self, prompts: Sequence[Sequence[int]]) -> list[list[float]]:
         """Log-probability of every token of each prompt after its first, given those before it; all in one batch."""
@@ -334,9 +336,12 @@ class Generator:
         """Commit `version`, or discard what is staged (None), on all workers by one call: requests wait for it."""
         self._updating = False
         commit = version is not None
-        states = self._llm.collective_rpc(
-            "refit_finish", timeout=self._timeout_s, args=(attempt, commit, self._options.lora is not None)
-        )
+        args = attempt, commit, self._options.lora is not None
+        try:
+            states = self._llm.collective_rpc("refit_finish", timeout=self._timeout_s, args=args)
+        except Exception as error:  # no saying which workers serve what
+            self._failure = f"its workers did not answer the finish of a refit: {error}"
+            raise
         self._require_one_version(states, version if commit else self._committed)
         if version is not None:
             self.finish_reports = tuple(state["finished"] for state in states)

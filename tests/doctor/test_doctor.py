@@ -8,11 +8,14 @@ import shutil
 import socket
 import subprocess
 import sys
+import time
 import venv
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from refit.doctor.examine import Wishes
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 CLEAN = {
@@ -131,6 +134,15 @@ def test_a_cluster_that_does_not_answer_fails_with_its_address() -> None:
     checks = json.loads(done.stdout)["nodes"]["cluster 127.0.0.1:1"]
     assert checks[0]["state"] == "fail"
     assert "install ray" in checks[0]["advice"]
+
+
+def test_an_address_where_nobody_listens_is_said_at_once_and_not_after_minutes_of_ray() -> None:
+    nodes = pytest.importorskip("refit.service.nodes")
+    started_s = time.monotonic()
+    ((where, (check,)),) = nodes.examine_nodes("127.0.0.1:1", Wishes(Path(), 0), 20.0).items()
+    assert time.monotonic() - started_s < 20.0
+    assert where == "cluster 127.0.0.1:1" and check.state == "fail"
+    assert check.found == "nobody listens at 127.0.0.1:1" and "head node" in check.advice
 
 
 @pytest.mark.skipif(shutil.which("python3.11", path="/usr/bin") is None, reason="no Python 3.11 in /usr/bin")

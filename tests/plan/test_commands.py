@@ -124,11 +124,32 @@ def test_a_topology_shows_the_fan_out_inside_nodes_and_without_one_there_is_none
         ),
         (("simulate", *LAYOUT, "--slow", "gen:99=0.5"), "with a rank of this plan"),
         (("simulate", *LAYOUT, "--fan-out"), "give --topology"),
+        (("simulate", *LAYOUT, "--streams", "-3"), "--streams: -3 is below 0"),
+        (("plan", *LAYOUT, "--streams", "-3"), "--streams: -3 is below 0"),
+        (("simulate", *LAYOUT, "--picture", "/nowhere/at/all.svg"), "name another file"),
+        (
+            ("plan", "--model", "qwen3-4b", "--train", "tp=-1", "--gen", "tp=1"),
+            "tp='-1' must be a number in at most 7 digits",
+        ),
+        (
+            (
+                "explain",
+                "model.layers.3.mlp.experts.128.up_proj.weight",
+                *("--model", "qwen3-30b-a3b", "--train", "tp=1", "--gen", "tp=1"),
+            ),
+            "the experts of this layer are 0 to 127",
+        ),
     ],
 )
 def test_an_error_ends_with_status_2_and_says_what_to_do(words, remedy):
     done = refit(*words)
     assert done.returncode == 2 and remedy in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_config_that_is_no_object_is_refused_by_name(tmp_path):
+    (tmp_path / "config.json").write_text("[]")
+    done = refit("plan", "--model", str(tmp_path), "--train", "tp=1", "--gen", "tp=1")
+    assert done.returncode == 2 and "config.json holds list, not the object" in done.stderr
 
 
 def test_the_planner_imports_the_standard_library_only():

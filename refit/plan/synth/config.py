@@ -36,6 +36,8 @@ def load_model(name_or_dir: str) -> Model:
         config = json.loads(file.read_text())
     except ValueError as fault:
         raise ConfigError(f"{file} is not JSON: {fault}") from fault
+    if not isinstance(config, dict):
+        raise ConfigError(f"{file} holds {type(config).__name__}, not the object that an HF config is")
     return model_from_config(path.name, config)
 
 

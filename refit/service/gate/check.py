@@ -69,12 +69,12 @@ def inspect_machine(config: JobConfig) -> Environment:
         int(psutil.virtual_memory().available),
         torch.cuda.device_count(),
         taken,
-        cluster_answers=config.cluster.address is None or _answers(config.cluster.address),
+        cluster_answers=config.cluster.address is None or answers(config.cluster.address),
         has_nixl=importlib.util.find_spec("nixl") is not None,
     )
 
 
-def _answers(address: str) -> bool:
+def answers(address: str) -> bool:
     """Whether somebody listens at "[ray://]host:port". Ray itself would try for minutes. "auto" is left to Ray."""
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if not host or not port.isdigit():
