@@ -11,8 +11,9 @@ from pathlib import Path
 from refit.doctor.check import SHARED_MEMORY, Check, Host, Process, amount
 
 AREA = "leftovers"
-OURS = re.compile(r"psm_|torch_|sem\.|nccl-|plasma|ray|vllm|refit|cuda\.shm|loky|mp-|pym-")
-"""Names that Python's multiprocessing, torch, NCCL, Ray and vLLM give to segments."""
+OURS = re.compile(r"psm_|torch_|sem\.|nccl-|plasma|ray|vllm|refit|cuda\.shm|loky|mp-|pym-|.*-cpushm_[0-9]+$")
+"""Names that Python's multiprocessing, torch, NCCL, Ray and vLLM give to segments. vLLM's collectives on a CPU begin
+theirs with a port where ranks meet at one."""
 PROGRAMS = re.compile(
     r"^ray::|^\S*/raylet |^\S*/gcs_server |^VLLM::|^\S*python\S* .*-m (refit\.run|vllm\.entrypoints)|^\S*vllm serve"
 )
@@ -38,9 +39,7 @@ def shared_memory(host: Host) -> Check:
     }
     if not found:
         return Check(AREA, "shared memory", "ok", "no segment without a process")
-    shown = " ".join(shlex.quote(str(path)) for path in list(found)[:MAX_NAMES]) + (
-        " ..." if len(found) > MAX_NAMES else ""
-    )
+    shown = shlex.join(map(str, list(found)[:MAX_NAMES])) + (" ..." if len(found) > MAX_NAMES else "")
     advice = f"no process maps them: rm {shown}"
     return Check(
         AREA, "shared memory", "warn", f"{len(found)} segments, {amount(sum(found.values()))}", advice

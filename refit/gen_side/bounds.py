@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
+from pathlib import Path
 from typing import Any
 
 from refit.transfer.errors import TransportError
+from refit.transfer.segments import remove_unmapped, shared_memory_of
 
 CLOSE_S = 20.0
 
@@ -43,10 +45,19 @@ def deadline(what: str, timeout_s: float, processes: Callable[[], set[Any]]) -> 
         timer.cancel()
 
 
-def end_processes(processes: set[Any], grace_s: float = 2.0) -> None:
-    """End exactly these processes: politely, then at once after `grace_s`."""
+def segments_of(processes: set[Any]) -> set[Path]:
+    """The shared memory that these processes map now."""
+    return {segment for process in processes for segment in shared_memory_of(process.pid)}
+
+
+def end_processes(processes: set[Any], grace_s: float = 2.0, noted: Collection[Path] = frozenset()) -> None:
+    """End exactly these processes: politely, then at once after `grace_s`.
+
+    Removes the shared memory that they leave: what they map now, and what was `noted` of those that died before.
+    """
     import psutil
 
+    segments = segments_of(processes).union(noted)
     left = list(processes)
     if grace_s:
         for process in left:
@@ -57,6 +68,7 @@ def end_processes(processes: set[Any], grace_s: float = 2.0) -> None:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
     psutil.wait_procs(left, timeout=5.0)
+    remove_unmapped(segments)
 
 
 def message_queues(llm: Any) -> tuple[Any, ...]:

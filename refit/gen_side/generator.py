@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from refit.gen_side import bounds
 from refit.gen_side.arguments import build_llm, stop_tokens_of
-from refit.gen_side.bounds import CLOSE_S, children, deadline, end_processes, message_queues, shut_down
 from refit.gen_side.desk import Desk
 from refit.gen_side.live import EngineDescription, WorkerFacts
 from refit.gen_side.requests import Prompt, Requests, Sample, as_input, prompt_logprobs
@@ -96,8 +96,8 @@ class Generator:
         """What the last commit cost each worker: messages of FinishReport."""
         self._updating = False
         self._stop_tokens = stop_tokens
-        self._children = children
-        self._queues = message_queues(llm)
+        self._children, self._segments = children, bounds.segments_of(children)
+        self._queues = bounds.message_queues(llm)
         self._control: ControlStore | None = None
         self._desk: Desk | None = None
         self._timeout_s = options.call_timeout_s
@@ -116,16 +116,16 @@ class Generator:
         stop_tokens = stop_tokens_of(Path(model_dir))
         for name, value in ENVIRONMENT.items():
             os.environ.setdefault(name, value)
-        before = children()
+        before = bounds.children()
         try:
-            with deadline("building the engine", timeout_s, lambda: children() - before):
+            with bounds.deadline("building the engine", timeout_s, lambda: bounds.children() - before):
                 llm = build_llm(str(model_dir), parallel, options)
-                generator = cls(llm, options, stop_tokens, children() - before)
+                generator = cls(llm, options, stop_tokens, bounds.children() - before)
                 if parallel.pipeline > 1:
                     llm.collective_rpc("refit_prepare_pipeline", timeout=timeout_s)
                 llm.update_weight_version("0")
         except BaseException:
-            end_processes(children() - before)
+            bounds.end_processes(bounds.children() - before)
             raise
         return generator
 
@@ -284,7 +284,7 @@ class Generator:
         return "; ".join(broken)
 
     def close(self) -> None:
-        """Stop the engine and every process it started. Safe to call twice, and after a failure."""
+        """Stop the engine and every process it started; none of their shared memory stays. Safe to call twice."""
         llm, self._llm = self._llm, None
         if self._desk is not None:
             self._desk.close()
@@ -292,8 +292,8 @@ class Generator:
             self._control.close()
             self._control = None
         if llm is not None:
-            shut_down(llm, self._queues)
-        end_processes(self._children)
+            bounds.shut_down(llm, self._queues)
+        bounds.end_processes(self._children, noted=self._segments)
 
     def _attend(self, store: str, replica: int) -> None:
         """Take reads from the job's control store, under the number that this engine has in its newest plan."""
@@ -395,5 +395,5 @@ class Generator:
     @contextlib.contextmanager
     def _bounded(self, what: str, timeout_s: float) -> Iterator[None]:
         """Waits inside end by themselves in time; should a worker be stopped or stuck, it is ended a bit later."""
-        with deadline(what, timeout_s + CLOSE_S, lambda: self._children):
+        with bounds.deadline(what, timeout_s + bounds.CLOSE_S, lambda: self._children):
             yield

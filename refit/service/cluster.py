@@ -24,10 +24,11 @@ from refit.service.actors import GenActor, TrainActor
 from refit.service.build_options import gen_options, gen_parallel, train_options, train_parallel
 from refit.service.config import JobConfig
 from refit.service.placement import Places
-from refit.service.processes import end_processes, shared_memory_of
+from refit.service.processes import end_processes
 from refit.service.roster import Replacement
 from refit.service.waiting import Waiting, collect
 from refit.transfer.errors import TransportError
+from refit.transfer.segments import remove_unmapped, shared_memory_of
 
 OBJECT_STORE_BYTES = 256 * 2**20
 START_TIMEOUT_S = 300.0
@@ -132,7 +133,7 @@ class Cluster:
     def remember_processes(self) -> None:
         """Note every process of our Ray, so that `close` finds those that lose their parent meanwhile.
 
-        Also the shared memory they map: vLLM's workers leave 16 MiB of it behind when they are ended.
+        Also the shared memory they map: vLLM's processes leave it behind when they are ended.
         """
         for root in self._ray_processes:
             with contextlib.suppress(psutil.NoSuchProcess):
@@ -152,7 +153,10 @@ class Cluster:
                     self._below[replica] = {root, *root.children(recursive=True)}
 
     def end_generator(self, replica: int) -> None:
-        """End a generator and, where it runs on this machine, every process below it, stopped ones too."""
+        """End a generator and, where it runs on this machine, every process below it, stopped ones too.
+
+        What shared memory they leave is removed: all that was noted and that nobody maps any more.
+        """
         self.remember_processes()
         with contextlib.suppress(Exception):  # it may be dead already, which is what is wanted
             ray.kill(self.generators[replica])
@@ -161,6 +165,7 @@ class Cluster:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
         psutil.wait_procs(below, timeout=LEAVE_S)
+        remove_unmapped(self._segments)
 
     def restart_generator(self, replica: int) -> Replacement | None:
         """Begin to build a new engine in a replica's place; None when `cluster.restart_generators` are used up."""
@@ -181,6 +186,7 @@ class Cluster:
         """
         self.remember_processes()
         self._ask_to_close()
+        self.remember_processes()  # an engine that was being built has gone on meanwhile
         for actor in self.trainers + self.generators:
             with contextlib.suppress(Exception):  # it may be dead already, which is what is wanted
                 ray.kill(actor)

@@ -199,6 +199,16 @@ def test_shared_memory_that_nobody_maps_is_named_and_what_is_mapped_is_not() -> 
         path.unlink()
 
 
+def test_what_vllms_collectives_leave_is_named_so_that_a_shell_takes_the_name_as_it_is() -> None:
+    path = Path("/dev/shm") / f"0{os.getpid()}-tp:0-[0-1]-cpushm_1"  # named after a port; the first by name
+    path.write_bytes(bytes(8192))
+    try:
+        os.utime(path, (time.time() - 3600,) * 2)
+        assert f"'{path}'" in leftovers.shared_memory(Host()).advice
+    finally:
+        path.unlink()
+
+
 def test_processes_of_a_job_are_told_by_their_command_and_age(tmp_path: Path) -> None:
     commands = {
         "11": "ray::TrainActor.build",

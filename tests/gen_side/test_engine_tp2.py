@@ -14,6 +14,7 @@ from refit.service.holders import CheckpointWeights, EngineWeights
 from refit.service.reader import JobEngine, Reader, VersionMoved
 from refit.train_side.tiny_models import make_tiny_model
 from refit.transfer.errors import RefitFailed
+from refit.transfer.segments import shared_memory_of
 from tests.gen_side.checkpoints import shifted, tensors_of
 from tests.gen_side.exact import fresh_hashes
 from tests.gen_side.farm import run_ranks
@@ -43,6 +44,12 @@ def engine(request, folders):
     workers = list(generator._children)
     generator.close()
     assert workers and not any(worker.is_running() for worker in workers)
+    assert not left_of(generator._segments)
+
+
+def left_of(segments):
+    """What is still there and not this process's own: vLLM's queues here live as long as the engine's last object."""
+    return {segment for segment in segments - shared_memory_of(os.getpid()) if segment.exists()}
 
 
 def test_both_ranks_hold_what_a_fresh_load_holds_after_two_refits(engine, folders):
@@ -145,7 +152,9 @@ def test_an_engine_whose_worker_dies_says_so_in_time_and_leaves_no_process(engin
         generator.generate([[1, 2, 3]], 1, 4, 0.0, 0)
     assert time.monotonic() - started < 90
     everyone = list(generator._children)
+    segments = generator._segments
     generator.close()
     assert not any(worker.is_running() and worker.status() != psutil.STATUS_ZOMBIE for worker in everyone)
+    assert segments and not left_of(segments)
     closing = [thread.name for thread in threading.enumerate() if thread.name == "refit-close-engine"]
     assert not closing, "a closing that waits inside the collector keeps the whole process from collecting"

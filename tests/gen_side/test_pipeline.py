@@ -17,6 +17,7 @@ from tests.gen_side.parity import (
     two_refits,
 )
 from tests.gen_side.rounds import Rounds
+from tests.gen_side.test_engine_tp2 import left_of
 
 pytestmark = [
     pytest.mark.slow, pytest.mark.vllm, pytest.mark.processes, pytest.mark.timeout(900),
@@ -201,6 +202,7 @@ def test_an_engine_that_loses_a_worker_of_its_first_stage_ends_in_time_and_leave
     assert time.monotonic() - started < 90
     generator.close()
     assert not any(is_alive(worker) for worker in everyone)
+    assert generator._segments and not left_of(generator._segments)
 
 
 def is_alive(process):

@@ -7,8 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from multiprocessing import shared_memory
-from pathlib import Path
 
 import psutil
 import pytest
@@ -16,7 +14,7 @@ import ray
 
 from refit.run import load_config
 from refit.service.cluster import Cluster
-from refit.service.processes import end_processes, shared_memory_of
+from refit.service.processes import end_processes
 from refit.service.waiting import collect, root_cause
 from refit.transfer.errors import Failure, RefitFailed, TransportError
 
@@ -128,16 +126,6 @@ def test_processes_that_do_not_leave_by_themselves_are_ended():
 
 def test_a_job_keeps_its_own_answer_to_sigterm(local_ray):
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL  # as it was before this Ray
-
-
-def test_shared_memory_of_a_process_is_found_by_its_name():
-    segment = shared_memory.SharedMemory(create=True, size=4096)
-    try:
-        assert Path("/dev/shm") / segment.name.lstrip("/") in shared_memory_of(os.getpid())
-    finally:
-        segment.close()
-        segment.unlink()
-    assert shared_memory_of(2**22 + 1) == set()
 
 
 def test_closing_leaves_no_process_behind(local_ray):
