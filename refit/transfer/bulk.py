@@ -29,7 +29,6 @@ from refit.transfer.groups import Group
 from refit.transfer.memory import as_bytes, strided_box
 from refit.transfer.report import DIGEST, PACK, UNPACK, WIRE, BulkReport, Tally
 from refit.transfer.runs import LiveParams
-from refit.transfer.tcp import TcpTransport
 from refit.transfer.transport import Parcel, Ticket
 from refit.transfer.workspace import Workspace
 
@@ -104,7 +103,9 @@ class _StageMover:
         stage = job.stage
         self._params = job.workspace.live_params(stage, job.params)
         self._bases = _kernel_bases(self._params, job)
-        self._gathers = isinstance(job.group.transport, TcpTransport)
+        assert job.group.transport.gathers or not stage.gathers, (
+            "the stage was compiled for another transport"
+        )
         self._sums = torch.zeros(len(stage.sums), dtype=torch.int64, device=job.device)
         self.num_slots = num_slots(stage, job.plan.options.bucket_bytes)
         self._slots = job.workspace.slots(self.num_slots, stage.slot_bytes, job.device)
@@ -116,11 +117,11 @@ class _StageMover:
         sends = self._touched(round_.sends, slot)
         receives = self._touched(round_.receives, slot)
         for boxed in sends:
-            if self._is_copied(boxed.parcel):
+            if _is_copied(boxed.parcel):
                 self._copy(boxed, is_pack=True)
         self.tally.bytes_sent += sum(parcel.payload_bytes for parcel in round_.sends)
         self.tally.clock(PACK, clock)
-        if self._gathers:
+        if self.job.stage.gathers:
             out, into = (
                 self._gathered(round_.gathered_sends, slot),
                 self._gathered(round_.gathered_receives, slot),
@@ -134,7 +135,7 @@ class _StageMover:
         clock = time.perf_counter()
         if self.job.with_digests:
             for boxed in sends:
-                if not self._is_copied(boxed.parcel):
+                if not _is_copied(boxed.parcel):
                     self._copy(boxed, is_pack=True)
             self._weigh(sends)
             self.tally.clock(DIGEST, clock)
@@ -150,7 +151,7 @@ class _StageMover:
         clock = self.tally.clock(WIRE, clock)
         self._copy_local(flight)
         for boxed in flight.receives:
-            if self._is_copied(boxed.parcel):
+            if _is_copied(boxed.parcel):
                 self._copy(boxed, is_pack=False)
         self.tally.bytes_received += sum(parcel.payload_bytes for parcel in flight.round.receives)
         clock = self.tally.clock(UNPACK, clock)
@@ -165,14 +166,10 @@ class _StageMover:
         if self.job.with_digests:
             self.tally.add_digests(self.job.stage.sums, self._sums.tolist())
 
-    def _is_copied(self, parcel: CompiledParcel) -> bool:
-        """False where the transport takes the bytes from the params, or puts them there, by itself."""
-        return parcel.rows is None or not self._gathers
-
     def _touched(self, parcels: Sequence[CompiledParcel], slot: int) -> tuple[Boxed, ...]:
         """The parcels that are copied or weighed here."""
         with_digests = self.job.with_digests
-        return tuple(self._boxed(p, slot) for p in parcels if with_digests or self._is_copied(p))
+        return tuple(self._boxed(p, slot) for p in parcels if with_digests or _is_copied(p))
 
     def _gathered(self, parts: Sequence[Gather], slot: int) -> list[Parcel]:
         if not parts:
@@ -233,6 +230,11 @@ class _StageMover:
         return TransportError(
             f"rank {self.job.rank}, stage {stage.stage}, round {round_.index} of {stage.rounds[-1].index}: {error}"
         )
+
+
+def _is_copied(parcel: CompiledParcel) -> bool:
+    """False where the transport takes the bytes from the params, or puts them there, by itself."""
+    return parcel.rows is None
 
 
 def _kernel_bases(params: LiveParams, job: StageJob) -> Tensor | None:

@@ -170,6 +170,8 @@ class _Connection:
 class TcpTransport:
     """One rank's end: `links` are connected sockets by joint rank. One thread at a time, but for `abort`."""
 
+    gathers = True
+
     def __init__(self, links: Mapping[int, socket.socket], rank: int) -> None:
         self._rank = rank
         self._connections = {peer: _Connection(peer, link) for peer, link in links.items()}
