@@ -7,8 +7,8 @@ A parcel that is one contiguous run of the wire dtype on this rank is sent from,
 Parcels are cut by the plan, so the two ends may choose differently. A transport that gathers takes all parcels of a
 round and peer as one, from the params or to them, but for those of few bytes per place, with gaps or a cast.
 
-Digests are of what was sent, and of what the params hold afterwards: a receiver packs its params once more, into the
-slot of the round, so that a wrong unpack shows as well as a wrong wire.
+Digests are of what was sent, and of what the params hold afterwards, so that a wrong unpack shows as well as a wrong
+wire: a receiver packs its params once more, into the slot of the round, or weighs them where they lie.
 
 Extra memory of a call: the slots, at most 2 * bucket_bytes of the plan's options.
 """
@@ -135,9 +135,7 @@ class _StageMover:
         clock = time.perf_counter()
         if self.job.with_digests:
             for boxed in sends:
-                if not _is_copied(boxed.parcel):
-                    self._copy(boxed, is_pack=True)
-            self._weigh(sends)
+                self._weigh(boxed, is_packed=_is_copied(boxed.parcel))
             self.tally.clock(DIGEST, clock)
         return Flight(round_, sends, receives, ticket)
 
@@ -157,8 +155,7 @@ class _StageMover:
         clock = self.tally.clock(UNPACK, clock)
         if self.job.with_digests:
             for boxed in flight.receives:
-                self._copy(boxed, is_pack=True)
-            self._weigh(flight.receives)
+                self._weigh(boxed, is_packed=False)
             self.tally.clock(DIGEST, clock)
 
     def add_digests(self) -> None:
@@ -199,13 +196,19 @@ class _StageMover:
             targets, sources = (packed, boxes) if is_pack else (boxes, packed)
             torch._foreach_copy_(targets, sources)
 
-    def _weigh(self, boxes: tuple[Boxed, ...]) -> None:
-        for boxed in boxes:
-            kernels = boxed.parcel.kernels
-            if kernels is not None and self._bases is not None:
-                kernels.add_digests(self._bases, boxed.payload, self._sums)
-            else:
-                boxed.parcel.weighing.add(boxed.payload, self._sums)
+    def _weigh(self, boxed: Boxed, is_packed: bool) -> None:
+        """Add the digests of what the params hold, or of the packed bytes where they have just been sent."""
+        parcel = boxed.parcel
+        in_place = parcel.box_in_place
+        if in_place is not None:
+            in_place.add_box(self._box(parcel.moves[0]), self._sums)
+            return
+        if not is_packed:
+            self._copy(boxed, is_pack=True)
+        if parcel.kernels is not None and self._bases is not None:
+            parcel.kernels.add_digests(self._bases, boxed.payload, self._sums)
+        else:
+            parcel.weighing.add(boxed.payload, self._sums)
 
     def _outward(self, boxes: tuple[Boxed, ...]) -> list[Parcel]:
         return [

@@ -20,7 +20,7 @@ from refit.plan.options import ALIGNMENT_BYTES
 from refit.transfer.gather import SLOT, Gather, Rows, rows_of_moves
 from refit.transfer.memory import bits_dtype, torch_dtype
 from refit.transfer.runs import Runs, RunsInMaking, is_run, row_major
-from refit.transfer.weighing import ParcelWeighing, WeighingInMaking
+from refit.transfer.weighing import Odd, ParcelWeighing, WeighingInMaking
 
 if TYPE_CHECKING:
     from refit.transfer.kernels.parcel import ParcelKernels
@@ -90,6 +90,11 @@ class CompiledParcel:
     weighing: ParcelWeighing
     kernels: "ParcelKernels | None"
     rows: tuple[Rows, ...] | None
+
+    @property
+    def box_in_place(self) -> Odd | None:
+        """The box of a parcel of one that is never packed, to be weighed where it lies."""
+        return self.weighing.alone if self.rows is not None and self.slot_byte is not None else None
 
     def places(self) -> tuple[Rows, ...]:
         """Where its bytes lie for a transport that gathers."""
