@@ -23,6 +23,7 @@ from torch import Tensor
 
 from refit.plan import Plan
 from refit.transfer.compiled import CompiledParcel, CompiledRound, CompiledStage, Move
+from refit.transfer.digest import unsigned
 from refit.transfer.errors import TransportError
 from refit.transfer.gather import Gather
 from refit.transfer.groups import Group
@@ -161,7 +162,7 @@ class _StageMover:
     def add_digests(self) -> None:
         """Put the sums of the stage into the tally."""
         if self.job.with_digests:
-            self.tally.add_digests(self.job.stage.sums, self._sums.tolist())
+            self.tally.add_digests(self.job.stage.sums, unsigned(self._sums))
 
     def _touched(self, parcels: Sequence[CompiledParcel], slot: int) -> tuple[Boxed, ...]:
         """The parcels that are copied or weighed here."""
