@@ -259,7 +259,17 @@ class Bench:
         }
         dtypes = {spec.name: spec.dtype for spec in manifest.params}
         stages = self.plan.rank_plan(rank).stages
-        self.stages = [compile_stage(self.plan, stage, rank, dtypes, CPU) for stage in stages]
+        self.stages = [
+            compile_stage(
+                self.plan,
+                stage,
+                rank,
+                dtypes,
+                CPU,
+                gathers=self.groups.stages[stage.stage].transport.gathers,
+            )
+            for stage in stages
+        ]
         self.workspaces = [Workspace() for _ in range(NUM_STREAMS)]
         self.gather = GatherBroadcast(self.plan, manifest, self.params, self.all, self.groups.misc)
         self.report = BulkReport()

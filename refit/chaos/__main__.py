@@ -26,12 +26,13 @@ from refit.chaos.judge import Outcome, table_of
 from refit.service.cluster import ENVIRONMENT, LEAVE_S, start_ray
 from refit.service.config import JobConfig
 from refit.service.processes import end_processes
+from refit.transfer.protocol import PROCESS_GROUP, TCP
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one campaign; the last line of standard output is its summary."""
     arguments = _parser().parse_args(argv)
-    config = config_of(arguments.replicas, arguments.timeout_s)
+    config = config_of(arguments.replicas, arguments.timeout_s, arguments.transport)
     arguments.run_dir.mkdir(parents=True, exist_ok=True)
     started_s = time.monotonic()
     with a_ray(config):
@@ -102,6 +103,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--replicas", type=int, default=3)
     parser.add_argument("--timeout-s", type=float, default=6.0, help="the deadline of one refit")
+    parser.add_argument("--transport", choices=(PROCESS_GROUP, TCP), default=PROCESS_GROUP, help="of bulk")
     parser.add_argument("--run-dir", type=Path, default=Path("runs/chaos"), help="logs and outcomes.jsonl")
     return parser
 

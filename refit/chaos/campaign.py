@@ -21,19 +21,22 @@ from refit.service.record import REFITS_FILE, RunRecord
 from refit.service.rounds import settle_s
 from refit.service.waiting import collect
 from refit.transfer.errors import Failure, RefitFailed, TransportError
+from refit.transfer.protocol import PROCESS_GROUP
 
 FULL_CREW_S = 300.0
 NUM_TRAINERS = 2
 BUCKET_BYTES = 64 * 1024
 
 
-def config_of(num_replicas: int, timeout_s: float) -> JobConfig:
-    """The job that the service believes to run."""
+def config_of(num_replicas: int, timeout_s: float, transport: str = PROCESS_GROUP) -> JobConfig:
+    """The job that the service believes to run; `transport` carries bulk."""
     return JobConfig(
         policy=PolicyConfig(pipeline_parallel=NUM_TRAINERS, nccl_xfer_refit=True),
         generation=GenerationConfig(tensor_parallel=1, replicas=num_replicas),
         cluster=ClusterConfig(),
-        refit=RefitConfig(buffer_bytes=BUCKET_BYTES, timeout_s=timeout_s, force_misc=(model.NORMS,)),
+        refit=RefitConfig(
+            buffer_bytes=BUCKET_BYTES, timeout_s=timeout_s, force_misc=(model.NORMS,), transport=transport
+        ),
     )
 
 

@@ -135,9 +135,14 @@ class FaultyTransport:
         self._inner = inner
         self._striker = striker
 
+    @property
+    def gathers(self) -> bool:
+        """Packed or not, the bytes on the wire are the same."""
+        return self._inner.gathers
+
     def post(self, sends: Sequence[Parcel], receives: Sequence[Parcel], tag: int) -> Ticket:
-        # Copies: a payload may be the param itself, and it is the wire that breaks here, not the weights.
-        sends = [Parcel(parcel.peer, parcel.payload.clone()) for parcel in sends]
+        # Copies: a parcel may be the params themselves, and it is the wire that breaks here, not the weights.
+        sends = [parcel.packed() for parcel in sends]
         payloads = [parcel.payload for parcel in sends if parcel.payload.numel()]
         self._striker.reach(ROUND, payloads[0] if payloads else None)
         return self._inner.post(sends, receives, tag)
@@ -145,8 +150,9 @@ class FaultyTransport:
     def wait(self, ticket: Ticket, deadline: float) -> None:
         self._inner.wait(ticket, deadline)
         for operation in ticket:
-            if operation.direction == "receive" and operation.parcel.payload.numel():
-                self._striker.reach(ROUND, operation.parcel.payload)
+            parts = operation.parcel.parts if operation.direction == "receive" else []
+            if parts:
+                self._striker.reach(ROUND, parts[len(parts) // 2])
 
     def abort(self) -> None:
         self._inner.abort()

@@ -7,8 +7,8 @@ A parcel that is one contiguous run of the wire dtype on this rank is sent from,
 Parcels are cut by the plan, so the two ends may choose differently. A transport that gathers takes all parcels of a
 round and peer as one, from the params or to them, but for those of few bytes per place, with gaps or a cast.
 
-Digests are of what was sent, and of what the params hold afterwards: a receiver packs its params once more, into the
-slot of the round, so that a wrong unpack shows as well as a wrong wire.
+Digests are of what was sent, and of what the params hold afterwards, so that a wrong unpack shows as well as a wrong
+wire: a receiver packs its params once more, into the slot of the round, or weighs them where they lie.
 
 Extra memory of a call: the slots, at most 2 * bucket_bytes of the plan's options.
 """
@@ -23,13 +23,13 @@ from torch import Tensor
 
 from refit.plan import Plan
 from refit.transfer.compiled import CompiledParcel, CompiledRound, CompiledStage, Move
+from refit.transfer.digest import unsigned
 from refit.transfer.errors import TransportError
 from refit.transfer.gather import Gather
 from refit.transfer.groups import Group
 from refit.transfer.memory import as_bytes, strided_box
 from refit.transfer.report import DIGEST, PACK, UNPACK, WIRE, BulkReport, Tally
 from refit.transfer.runs import LiveParams
-from refit.transfer.tcp import TcpTransport
 from refit.transfer.transport import Parcel, Ticket
 from refit.transfer.workspace import Workspace
 
@@ -104,7 +104,9 @@ class _StageMover:
         stage = job.stage
         self._params = job.workspace.live_params(stage, job.params)
         self._bases = _kernel_bases(self._params, job)
-        self._gathers = isinstance(job.group.transport, TcpTransport)
+        assert job.group.transport.gathers or not stage.gathers, (
+            "the stage was compiled for another transport"
+        )
         self._sums = torch.zeros(len(stage.sums), dtype=torch.int64, device=job.device)
         self.num_slots = num_slots(stage, job.plan.options.bucket_bytes)
         self._slots = job.workspace.slots(self.num_slots, stage.slot_bytes, job.device)
@@ -116,11 +118,11 @@ class _StageMover:
         sends = self._touched(round_.sends, slot)
         receives = self._touched(round_.receives, slot)
         for boxed in sends:
-            if self._is_copied(boxed.parcel):
+            if _is_copied(boxed.parcel):
                 self._copy(boxed, is_pack=True)
         self.tally.bytes_sent += sum(parcel.payload_bytes for parcel in round_.sends)
         self.tally.clock(PACK, clock)
-        if self._gathers:
+        if self.job.stage.gathers:
             out, into = (
                 self._gathered(round_.gathered_sends, slot),
                 self._gathered(round_.gathered_receives, slot),
@@ -134,9 +136,7 @@ class _StageMover:
         clock = time.perf_counter()
         if self.job.with_digests:
             for boxed in sends:
-                if not self._is_copied(boxed.parcel):
-                    self._copy(boxed, is_pack=True)
-            self._weigh(sends)
+                self._weigh(boxed, is_packed=_is_copied(boxed.parcel))
             self.tally.clock(DIGEST, clock)
         return Flight(round_, sends, receives, ticket)
 
@@ -150,29 +150,24 @@ class _StageMover:
         clock = self.tally.clock(WIRE, clock)
         self._copy_local(flight)
         for boxed in flight.receives:
-            if self._is_copied(boxed.parcel):
+            if _is_copied(boxed.parcel):
                 self._copy(boxed, is_pack=False)
         self.tally.bytes_received += sum(parcel.payload_bytes for parcel in flight.round.receives)
         clock = self.tally.clock(UNPACK, clock)
         if self.job.with_digests:
             for boxed in flight.receives:
-                self._copy(boxed, is_pack=True)
-            self._weigh(flight.receives)
+                self._weigh(boxed, is_packed=False)
             self.tally.clock(DIGEST, clock)
 
     def add_digests(self) -> None:
         """Put the sums of the stage into the tally."""
         if self.job.with_digests:
-            self.tally.add_digests(self.job.stage.sums, self._sums.tolist())
-
-    def _is_copied(self, parcel: CompiledParcel) -> bool:
-        """False where the transport takes the bytes from the params, or puts them there, by itself."""
-        return parcel.rows is None or not self._gathers
+            self.tally.add_digests(self.job.stage.sums, unsigned(self._sums))
 
     def _touched(self, parcels: Sequence[CompiledParcel], slot: int) -> tuple[Boxed, ...]:
         """The parcels that are copied or weighed here."""
         with_digests = self.job.with_digests
-        return tuple(self._boxed(p, slot) for p in parcels if with_digests or self._is_copied(p))
+        return tuple(self._boxed(p, slot) for p in parcels if with_digests or _is_copied(p))
 
     def _gathered(self, parts: Sequence[Gather], slot: int) -> list[Parcel]:
         if not parts:
@@ -202,13 +197,19 @@ class _StageMover:
             targets, sources = (packed, boxes) if is_pack else (boxes, packed)
             torch._foreach_copy_(targets, sources)
 
-    def _weigh(self, boxes: tuple[Boxed, ...]) -> None:
-        for boxed in boxes:
-            kernels = boxed.parcel.kernels
-            if kernels is not None and self._bases is not None:
-                kernels.add_digests(self._bases, boxed.payload, self._sums)
-            else:
-                boxed.parcel.weighing.add(boxed.payload, self._sums)
+    def _weigh(self, boxed: Boxed, is_packed: bool) -> None:
+        """Add the digests of what the params hold, or of the packed bytes where they have just been sent."""
+        parcel = boxed.parcel
+        in_place = parcel.box_in_place
+        if in_place is not None:
+            in_place.add_box(self._box(parcel.moves[0]), self._sums)
+            return
+        if not is_packed:
+            self._copy(boxed, is_pack=True)
+        if parcel.kernels is not None and self._bases is not None:
+            parcel.kernels.add_digests(self._bases, boxed.payload, self._sums)
+        else:
+            parcel.weighing.add(boxed.payload, self._sums)
 
     def _outward(self, boxes: tuple[Boxed, ...]) -> list[Parcel]:
         return [
@@ -233,6 +234,11 @@ class _StageMover:
         return TransportError(
             f"rank {self.job.rank}, stage {stage.stage}, round {round_.index} of {stage.rounds[-1].index}: {error}"
         )
+
+
+def _is_copied(parcel: CompiledParcel) -> bool:
+    """False where the transport takes the bytes from the params, or puts them there, by itself."""
+    return parcel.rows is None
 
 
 def _kernel_bases(params: LiveParams, job: StageJob) -> Tensor | None:

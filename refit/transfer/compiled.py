@@ -20,7 +20,7 @@ from refit.plan.options import ALIGNMENT_BYTES
 from refit.transfer.gather import SLOT, Gather, Rows, rows_of_moves
 from refit.transfer.memory import bits_dtype, torch_dtype
 from refit.transfer.runs import Runs, RunsInMaking, is_run, row_major
-from refit.transfer.weighing import ParcelWeighing, WeighingInMaking
+from refit.transfer.weighing import Odd, ParcelWeighing, WeighingInMaking
 
 if TYPE_CHECKING:
     from refit.transfer.kernels.parcel import ParcelKernels
@@ -77,7 +77,7 @@ class CompiledParcel:
     `slot_byte`: where it is packed in the slot of its round; None: it is sent from, or received into, the param of its
     only move. `runs` and `boxes` are the copies between the parcel and the params: contiguous runs, and the others.
     `kernels` does the same copies, and the digests, in one launch each where kernels can run. `rows`: its boxes in the
-    params, for a transport that gathers; None where that one too gets it packed.
+    params, which the transport takes from there and puts there by itself; None where it is packed.
     """
 
     peer: int
@@ -90,6 +90,11 @@ class CompiledParcel:
     weighing: ParcelWeighing
     kernels: "ParcelKernels | None"
     rows: tuple[Rows, ...] | None
+
+    @property
+    def box_in_place(self) -> Odd | None:
+        """The box of a parcel of one that is never packed, to be weighed where it lies."""
+        return self.weighing.alone if self.rows is not None and self.slot_byte is not None else None
 
     def places(self) -> tuple[Rows, ...]:
         """Where its bytes lie for a transport that gathers."""
@@ -116,7 +121,7 @@ class CompiledRound:
 
 @dataclass(frozen=True, slots=True)
 class CompiledStage:
-    """A stage plan ready to run.
+    """A stage plan ready to run. `gathers`: for a transport that gathers, which gets one parcel per round and peer.
 
     `params`: those it touches, with the dtypes it was compiled for; `reach_bytes`: how far into each the runs go.
     `sums`: (tensor, dst_rank) of each digest that the stage yields.
@@ -128,6 +133,7 @@ class CompiledStage:
     params: Mapping[str, torch.dtype]
     reach_bytes: tuple[int, ...]
     sums: tuple[tuple[str, int], ...]
+    gathers: bool
 
     @property
     def parcels(self) -> Iterator[CompiledParcel]:
@@ -154,10 +160,20 @@ class CompiledStage:
 
 
 def compile_stage(
-    plan: Plan, stage_plan: StagePlan, rank: int, dtypes: Mapping[str, str], device: torch.device
+    plan: Plan,
+    stage_plan: StagePlan,
+    rank: int,
+    dtypes: Mapping[str, str],
+    device: torch.device,
+    *,
+    gathers: bool = False,
 ) -> CompiledStage:
-    """Work out everything that does not depend on where the params lie. `dtypes`: of this rank's params, by name."""
-    making = _StageInMaking(plan, rank, dtypes, device)
+    """Work out everything that does not depend on where the params lie. `dtypes`: of this rank's params, by name.
+
+    `gathers`: whether the transport of the stage does. On CUDA it gets packed parcels all the same.
+    """
+    is_gathered = gathers and device.type == "cpu"
+    making = _StageInMaking(plan, rank, dtypes, device, is_gathered)
     rounds = tuple(making.round(round_) for round_ in stage_plan.rounds)
     return CompiledStage(
         stage_plan.stage,
@@ -166,6 +182,7 @@ def compile_stage(
         making.runs.dtypes,
         tuple(making.runs.reach_bytes),
         making.weighing.sums,
+        is_gathered,
     )
 
 
@@ -184,7 +201,10 @@ def alone_bytes(options: PlanOptions) -> int:
 
 
 class _StageInMaking:
-    def __init__(self, plan: Plan, rank: int, dtypes: Mapping[str, str], device: torch.device) -> None:
+    def __init__(
+        self, plan: Plan, rank: int, dtypes: Mapping[str, str], device: torch.device, gathers: bool
+    ) -> None:
+        self._gathers = gathers
         self._shapes = {name: tensor.shape for name, tensor in plan.tensors.items()}
         self._alone_bytes = alone_bytes(plan.options)
         self._rank = rank
@@ -207,8 +227,8 @@ class _StageInMaking:
         return CompiledRound(round_.index, sides[0], sides[1], used, gathered[0], gathered[1])
 
     def _gathered(self, parcels: Sequence[CompiledParcel]) -> tuple[Gather, ...]:
-        """One per peer; on CUDA none, since no transport gathers there."""
-        if self._device.type != "cpu":
+        """One per peer, for a transport that gathers."""
+        if not self._gathers:
             return ()
         places: dict[int, list[Rows]] = {}
         for parcel in parcels:
@@ -226,7 +246,7 @@ class _StageInMaking:
         dst_rank = peer if is_send else self._rank
         weighing = self.weighing.of(moves, dst_rank)
         rows = None
-        if self._device.type == "cpu" and peer != self._rank:
+        if self._gathers and peer != self._rank:
             rows = rows_of_moves(moves, [self.runs.positions[s.param] for s in segments])
         return CompiledParcel(
             peer,

@@ -30,10 +30,12 @@ the fold makes 20 and a copy 45, all on data in the cache. On a GPU both are les
 aligned in memory are first copied, CHUNK_ELEMENTS at a time. `weighing` does whole parcels at once.
 """
 
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -45,9 +47,7 @@ CHUNK_ELEMENTS = (
     1 << 20
 )  # extra memory of a call is at most 8 bytes per element of one chunk, and its weights
 CACHED_WEIGHTS = 1 << 12  # weight vectors up to this length are kept (1024 of them: at most 32 MiB)
-BLOCK_WORDS = (
-    32000  # 250 KiB fit into a core's cache, twice; from 32,768 on torch wakes its thread pool per call
-)
+BLOCK_WORDS = 1 << 15  # 256 KiB fit into a core's cache
 WORD_BYTES = 8
 FOLD_BITS = 32
 MASK = (1 << 64) - 1
@@ -111,7 +111,8 @@ class Weighing:
     def partial(self, bits: Tensor) -> Tensor:
         """The sum over the contents alone, a wrapped int64 scalar on the device: `finish` makes it a digest."""
         words = _words(bits, self.per_word, self.lead, self.weights[-1].numel())
-        total = dot(words, self.weights[-1]) + dot(words >> FOLD_BITS, self.weights[-1])
+        rows = words.reshape(-1, words.shape[-1])
+        total = row_products(rows, self.weights[-1]).view(words.shape[:-1])
         for by in reversed(self.weights[:-1]):
             total = dot(total, by)
         return total
@@ -137,24 +138,37 @@ def _chunk_digest(bits: Tensor, region: Region) -> int:
     return weighing.finish(int(weighing.partial(bits).item()))
 
 
-def row_products(words: Tensor, by: Tensor) -> Tensor:
-    """The product of each folded row of a matrix of words with `by`.
+class _Room(threading.local):
+    """Memory of a thread for one block of folded words: to map it anew for each parcel costs as much as to fold."""
 
-    It is that of the words and that of their upper halves, taken block by block so that the second finds its words
-    in the cache: quicker than to write folded words first.
+    def __init__(self) -> None:
+        self.words = np.empty(BLOCK_WORDS, dtype=np.int64)
+
+
+_room = _Room()
+
+
+def row_products(words: Tensor, by: Tensor) -> Tensor:
+    """The product of each folded row of a matrix of words with `by`. Rows may lie apart.
+
+    On a CPU by numpy, whose integer loops are vector code, block by block so that folded words stay in the cache.
     """
-    num_rows, size = words.shape
-    height = max(1, BLOCK_WORDS // size)
-    if num_rows <= height or words.is_cuda:
+    if words.is_cuda:
         return dot(words, by) + dot(words >> FOLD_BITS, by)
-    upper = torch.empty((height, size), dtype=torch.int64)
-    found = torch.empty((2, num_rows), dtype=torch.int64)
+    rows, factors = words.numpy(), by.numpy()
+    num_rows, size = rows.shape
+    if size > BLOCK_WORDS:
+        parts = zip(torch.split(words, BLOCK_WORDS, 1), torch.split(by, BLOCK_WORDS), strict=True)
+        return torch.stack([row_products(part, weights) for part, weights in parts]).sum(0)
+    height = BLOCK_WORDS // size
+    found = np.empty(num_rows, dtype=np.int64)
     for first in range(0, num_rows, height):
-        rows = words[first : first + height]
-        above = torch.bitwise_right_shift(rows, FOLD_BITS, out=upper[: len(rows)])
-        torch.mv(rows, by, out=found[0, first : first + height])
-        torch.mv(above, by, out=found[1, first : first + height])
-    return found[0].add_(found[1])
+        block = rows[first : first + height]
+        folded = _room.words[: block.size].reshape(block.shape)
+        np.right_shift(block, FOLD_BITS, out=folded)
+        np.add(folded, block, out=folded)
+        np.dot(folded, factors, out=found[first : first + height])
+    return torch.from_numpy(found)
 
 
 def dot(words: Tensor, by: Tensor) -> Tensor:
@@ -231,6 +245,12 @@ def signed(value: int) -> int:
     """A 64-bit pattern as the int64 that torch takes."""
     value &= MASK
     return value - (1 << 64) if value >> 63 else value
+
+
+def unsigned(values: Tensor) -> list[int]:
+    """Wrapped int64 as numbers in [0, 2**64)."""
+    found: list[int] = values.cpu().numpy().view(np.uint64).tolist()
+    return found
 
 
 def _shifted(tensor: Tensor, num_bits: int) -> Tensor:

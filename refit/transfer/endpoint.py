@@ -87,8 +87,12 @@ class Endpoint:
         self.rank = joint_rank(manifest, plan)
         self.who = who(manifest)
         dtypes = {spec.name: spec.dtype for spec in manifest.params}
-        stages = plan.rank_plan(self.rank).stages
-        self._stages = [compile_stage(plan, stage, self.rank, dtypes, device) for stage in stages]
+        self._stages = [
+            compile_stage(
+                plan, stage, self.rank, dtypes, device, gathers=groups.stages[stage.stage].transport.gathers
+            )
+            for stage in plan.rank_plan(self.rank).stages
+        ]
         self._workspaces = [Workspace() for _ in range(inputs.num_streams)]
         self._misc_specs = misc_specs(plan)
         self._chunk_bytes = min(MISC_CHUNK_BYTES, inputs.options.bucket_bytes)

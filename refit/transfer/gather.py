@@ -62,13 +62,24 @@ class Part:
         params, first_bytes, num_bytes = torch.tensor(columns, dtype=torch.int64).t().contiguous()
         return cls(params, first_bytes, boxes[0].sizes, boxes[0].steps, num_bytes)
 
-    def pieces(self, addresses: Tensor) -> Tensor:
+    @property
+    def count(self) -> int:
+        """Rows of all boxes."""
+        return len(self.params) * math.prod(self.sizes)
+
+    def list_into(self, pieces: Tensor, addresses: Tensor) -> None:
+        """Write the address and bytes of every row; `pieces`: int64 [count, 2]."""
         starts = addresses[self.params].add_(self.first_bytes)
-        for size, step in zip(self.sizes, self.steps, strict=True):
+        for size, step in zip(self.sizes[:-1], self.steps[:-1], strict=True):
             starts = (starts.unsqueeze(1) + torch.arange(0, size * step, step)).view(-1)
         if self.sizes:
-            return torch.stack([starts, self.num_bytes[:1].expand(len(starts))], 1)
-        return torch.stack([starts, self.num_bytes], 1)
+            size, step = self.sizes[-1], self.steps[-1]
+            rows = pieces[:, 0].view(len(starts), size)
+            torch.add(starts.unsqueeze(1), torch.arange(0, size * step, step), out=rows)
+            pieces[:, 1] = self.num_bytes[0]
+        else:
+            pieces[:, 0] = starts
+            pieces[:, 1] = self.num_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,8 +105,11 @@ class Gather:
 
     def pieces(self, addresses: Tensor) -> Tensor:
         """An int64 [n, 2] of address and bytes; `addresses`: of the stage's params, and last that of the slot."""
-        found = [part.pieces(addresses) for part in self.parts]
-        return found[0] if len(found) == 1 else torch.cat(found)
+        counts = [part.count for part in self.parts]
+        found = torch.empty((sum(counts), 2), dtype=torch.int64)
+        for part, rows in zip(self.parts, torch.split(found, counts), strict=True):
+            part.list_into(rows, addresses)
+        return found
 
 
 def rows_of_moves(moves: Sequence[HasRuns], positions: Sequence[int]) -> list[Rows] | None:

@@ -102,6 +102,8 @@ class InMemoryNetwork:
 class InMemoryTransport:
     """One rank's end of an InMemoryNetwork."""
 
+    gathers = False
+
     def __init__(self, network: InMemoryNetwork, rank: int) -> None:
         self._network = network
         self._rank = rank

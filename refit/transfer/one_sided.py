@@ -95,6 +95,8 @@ class _State:
 class OneSidedTransport:
     """One rank's end. `ranks` are the joint ranks of the group."""
 
+    gathers = False
+
     def __init__(self, link: Link, ranks: Sequence[int], rank: int) -> None:
         self._link = link
         self._peers = tuple(peer for peer in ranks if peer != rank)

@@ -1,7 +1,7 @@
 """What one rank did in one refit."""
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from refit.transfer.digest import MASK
@@ -58,14 +58,10 @@ class Tally:
         sums[dst_rank] = (sums.get(dst_rank, 0) + value) & MASK
 
     def add_digests(self, keys: Sequence[tuple[str, int]], values: Sequence[int]) -> None:
-        """The same for (tensor, dst_rank) that differ from each other, and wrapped int64."""
-        known = self.digests
+        """The same for the first digests of all, of (tensor, dst_rank) that differ from each other, in [0, 2**64)."""
+        assert not self.digests, "there are digests already"
         for (tensor, rank), value in zip(keys, values, strict=True):
-            sums = known.get(tensor)
-            if sums is None:
-                known[tensor] = {rank: value & MASK}
-            else:
-                sums[rank] = (sums.get(rank, 0) + value) & MASK
+            self.digests.setdefault(tensor, {})[rank] = value
 
     def clock(self, phase: str, since: float) -> float:
         """Add the seconds since `since` (a time.perf_counter()) to a phase; returns now, the start of the next one."""
@@ -108,8 +104,10 @@ def condensed(spans: Sequence[Span], max_spans: int) -> tuple[Span, ...]:
     return tuple(found)
 
 
-def merged(reports: Iterable[BulkReport], peak_extra_bytes: int) -> BulkReport:
+def merged(reports: Sequence[BulkReport], peak_extra_bytes: int) -> BulkReport:
     """One report over stages. The peak is not a sum: stages of one stream follow each other."""
+    if len(reports) == 1:
+        return replace(reports[0], peak_extra_bytes=peak_extra_bytes)
     tally = Tally()
     spans: list[Span] = []
     for report in reports:

@@ -72,7 +72,7 @@ class _Transfer:
         self._done += num_bytes
         if self._done == self.num_bytes:
             return
-        at = bisect_right(self._ends, self._done, self._at)
+        at = bisect_right(self._ends, self._done, self._at, min(self._at + MOST_PIECES, self._count))
         used = self._done - (self._ends[at - 1] if at else 0)
         new = used - (self._used if at == self._at else 0)
         self._vector[2 * at] += new
@@ -170,6 +170,8 @@ class _Connection:
 class TcpTransport:
     """One rank's end: `links` are connected sockets by joint rank. One thread at a time, but for `abort`."""
 
+    gathers = True
+
     def __init__(self, links: Mapping[int, socket.socket], rank: int) -> None:
         self._rank = rank
         self._connections = {peer: _Connection(peer, link) for peer, link in links.items()}
@@ -260,6 +262,9 @@ class TcpTransport:
 
 
 def _outward(parcel: Parcel, tag: int) -> _Transfer:
-    header = torch.frombuffer(bytearray(HEADER.pack(tag, parcel.num_bytes)), dtype=torch.uint8)
+    header = torch.empty(HEADER.size, dtype=torch.uint8)
     first = torch.tensor([[header.data_ptr(), HEADER.size]])
-    return _Transfer(torch.cat([first, parcel.places()]), header)
+    transfer = _Transfer(torch.cat([first, parcel.places()]), header)
+    words = HEADER.pack(tag, transfer.num_bytes - HEADER.size)
+    ctypes.memmove(header.data_ptr(), words, HEADER.size)
+    return transfer

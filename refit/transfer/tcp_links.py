@@ -22,6 +22,7 @@ from refit.transfer.tcp import TcpTransport
 HELLO = struct.Struct("<32sI")  # secret of the one who listens, joint rank of the one who connects
 HELLO_S = 5.0  # longest wait for the hello of one connection
 INTERFACE = "GLOO_SOCKET_IFNAME"  # as for gloo's own connections
+LOCAL_BUFFER_BYTES = 512 << 10  # to a rank of this machine: what waits there should stay in the cache
 SIOCGIFADDR = 0x8915  # ioctl of Linux: the address of an interface
 
 
@@ -56,6 +57,8 @@ def _links(
             missing.remove(peer)
     for link in links.values():
         link.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if link.getpeername()[0] == link.getsockname()[0]:
+            link.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, LOCAL_BUFFER_BYTES)
     return links
 
 

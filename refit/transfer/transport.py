@@ -1,6 +1,7 @@
 """The seam: what moves parcels of bytes between joint ranks, in four methods, and torch process groups behind it."""
 
 import contextlib
+import ctypes
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -35,6 +36,17 @@ class Parcel:
     def num_bytes(self) -> int:
         return self.payload.numel() if self.pieces is None else int(self.pieces[:, 1].sum())
 
+    @property
+    def parts(self) -> list[Tensor]:
+        """The memory itself, piece by piece; not for parcels of many pieces that have to be quick."""
+        if self.pieces is None:
+            return [self.payload] if self.payload.numel() else []
+        return [_memory(address, num_bytes) for address, num_bytes in self.pieces.tolist() if num_bytes]
+
+    def packed(self) -> "Parcel":
+        """The same bytes, copied into one payload."""
+        return Parcel(self.peer, torch.cat(self.parts) if self.parts else self.payload.clone())
+
     def places(self) -> Tensor:
         """Where the bytes lie, as `pieces`."""
         if self.pieces is not None:
@@ -55,8 +67,19 @@ class Operation:
 type Ticket = tuple[Operation, ...]
 
 
+def _memory(address: int, num_bytes: int) -> Tensor:
+    """Bytes at an address, in place; the caller keeps them alive."""
+    return torch.frombuffer((ctypes.c_uint8 * num_bytes).from_address(address), dtype=torch.uint8)
+
+
 class Transport(Protocol):
-    """Moves parcels between the ranks of one group. Parcels of a pair with one tag arrive in the order of the posts."""
+    """Moves parcels between the ranks of one group. Parcels of a pair with one tag arrive in the order of the posts.
+
+    `gathers`: whether parcels may have `pieces`.
+    """
+
+    @property
+    def gathers(self) -> bool: ...
 
     def post(self, sends: Sequence[Parcel], receives: Sequence[Parcel], tag: int) -> Ticket:
         """Start all transfers and return. Payloads belong to the transport until `wait` returns."""
@@ -73,6 +96,8 @@ class Transport(Protocol):
 
 class ProcessGroupTransport:
     """Parcels over a torch process group (gloo or NCCL). `ranks[i]` is the joint rank of group rank i."""
+
+    gathers = False
 
     def __init__(self, process_group: ProcessGroup, ranks: Sequence[int], rank: int) -> None:
         self._process_group = process_group

@@ -77,7 +77,11 @@ class Odd:
 
     def add(self, payload: Tensor, sums: Tensor) -> None:
         box = payload[self.first_byte : self.first_byte + self.num_bytes].view(bits_dtype(self.dtype))
-        sums[self.sum_index] += signed(digest(box.view(self.region.shape), self.region, self.tensor_shape))
+        self.add_box(box.view(self.region.shape), sums)
+
+    def add_box(self, box: Tensor, sums: Tensor) -> None:
+        """The same for a view of the segment, strided in any way."""
+        sums[self.sum_index] += signed(digest(box, self.region, self.tensor_shape))
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +89,8 @@ class ParcelWeighing:
     """What the digests of one parcel need besides its bytes.
 
     `sum_indexes` and `ones`, box by box in the order of the chains: which sum it adds to, and what its `+ 1`s add.
-    `alone`: the only segment of a parcel, for the case that it lies in a param that is not aligned to words.
+    `alone`: the only segment of a parcel, for the cases that it is weighed where it lies in its param, or in a param
+    that is not aligned to words.
     """
 
     chains: tuple[Chain, ...]

@@ -116,7 +116,7 @@ def _by_plan(
     device = held[0].device
     own = _own_stage(plan, agreed, group.rank, len(group.ranks))
     dtypes = {name: dtype_name(tensor.dtype) for name, tensor in params.items()}
-    stage = compile_stage(plan, own, group.rank, dtypes, device)
+    stage = compile_stage(plan, own, group.rank, dtypes, device, gathers=group.transport.gathers)
     return bulk.move_stage(
         bulk.StageJob(plan, stage, group.rank, params, group, deadline, device, with_digests=False)
     )

@@ -20,6 +20,8 @@ CPU = torch.device("cpu")
 class NoWire:
     """A transport that delivers nothing and remembers what is outstanding."""
 
+    gathers = False
+
     def __init__(self) -> None:
         self.outstanding: list[list[tuple[int, int, bytes]]] = []
         self.most = 0

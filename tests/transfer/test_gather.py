@@ -44,7 +44,7 @@ def test_what_is_gathered_for_a_peer_is_what_packing_sends(seed, shortest_bytes,
         params = empty_params(manifest)
         fill_params(params, case, manifest, seed, 0)
         for stage_plan in plan.rank_plan(rank).stages:
-            stage = compile_stage(plan, stage_plan, rank, param_dtypes(manifest), CPU)
+            stage = compile_stage(plan, stage_plan, rank, param_dtypes(manifest), CPU, gathers=True)
             live = LiveParams(params, stage.params, stage.reach_bytes)
             for round_ in stage.rounds:
                 slot = torch.full((round_.slot_bytes,), 0x5A, dtype=torch.uint8)

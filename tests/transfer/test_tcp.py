@@ -126,3 +126,21 @@ def test_the_interface_of_gloo_is_taken_and_a_wrong_one_refused(monkeypatch):
     monkeypatch.setenv(tcp_links.INTERFACE, "nowhere0")
     with pytest.raises(TransportError, match="GLOO_SOCKET_IFNAME is 'nowhere0'"):
         tcp_links.own_address(control)
+
+
+def test_what_wraps_a_transport_may_pack_a_parcel_or_break_what_came_in_its_pieces(ends):
+    out, into = noise(3000, 3), torch.zeros(5000, dtype=torch.uint8)
+    pieces_out, starts_out = scattered(out, [700, 0, 800], 100)
+    pieces_in, starts_in = scattered(into, [1000, 500], 64)
+    parcel = Parcel(5, NO_BYTES, pieces_out)
+    landing = Parcel(3, NO_BYTES, pieces_in)
+    assert [part.numel() for part in parcel.parts] == [700, 800]
+    packed = parcel.packed()
+    assert packed.pieces is None and packed.num_bytes == parcel.num_bytes == 1500
+    ends[3].wait(ends[3].post([packed], [], 2), soon())
+    ends[5].wait(ends[5].post([], [landing], 2), soon())
+    got = torch.cat([into[a : a + n] for a, n in zip(starts_in, [1000, 500], strict=True)])
+    sent = torch.cat([out[a : a + n] for a, n in zip(starts_out, [700, 0, 800], strict=True)])
+    assert torch.equal(got, sent) and torch.equal(landing.packed().payload, sent)
+    landing.parts[1][7] ^= 1
+    assert int(into[starts_in[1] + 7]) == int(sent[1007]) ^ 1, "the parts are the memory itself"
