@@ -9,7 +9,7 @@ from refit.transfer import golden
 from refit.transfer.broadcast import receive_packed, send_packed
 from refit.transfer.groups import Group
 from refit.transfer.memory import copy_cast, strided_box, torch_dtype
-from refit.transfer.transport import Parcel
+from refit.transfer.transports.seam import Parcel
 
 CPU = torch.device("cpu")
 

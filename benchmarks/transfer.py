@@ -49,7 +49,7 @@ from refit.transfer.memory import torch_dtype
 from refit.transfer.protocol import PROCESS_GROUP, TCP
 from refit.transfer.rendezvous import ControlStore
 from refit.transfer.report import BulkReport
-from refit.transfer.transport import Parcel
+from refit.transfer.transports.seam import Parcel
 from refit.transfer.workspace import Workspace
 
 CPU = torch.device("cpu")

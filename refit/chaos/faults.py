@@ -17,7 +17,7 @@ from torch._C._distributed_c10d import Work
 
 from refit.transfer.groups import Group
 from refit.transfer.memory import as_bytes
-from refit.transfer.transport import Parcel, Ticket, Transport
+from refit.transfer.transports.seam import Parcel, Ticket, Transport
 
 TRAINER, GENERATOR, DRIVER = "trainer", "generator", "driver"
 KILL, STOP, CORRUPT, SLOW, DISK, RAISE = "kill", "stop", "corrupt", "slow", "disk", "raise"

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from refit.gen_side.live import engine_arguments
+from refit.gen_side.live.configuration import engine_arguments
 from refit.gen_side.plugin import ADAPTER_BACKEND, BACKEND
 from refit.plan.errors import ConfigError
 

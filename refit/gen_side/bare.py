@@ -48,7 +48,7 @@ _PRELOADED = (
     "vllm.engine.arg_utils",
     "vllm.model_executor.model_loader",
     "vllm.v1.worker.cpu_worker",
-    "refit.gen_side.audit",
+    "refit.gen_side.live.audit",
     *(
         f"vllm.model_executor.models.{family}"
         for family in ("qwen2", "qwen3", "qwen3_moe", "llama", "deepseek_v2", "nemotron_h")

@@ -21,12 +21,12 @@ import torch
 from vllm.distributed import get_pp_group, get_world_group
 from vllm.distributed.weight_transfer.base import WeightTransferEngine
 
-from refit.gen_side.audit import AuditReport, Committed, Loaded, audit, observe_commit, observe_staging
 from refit.gen_side.calls import Background, RefitInitInfo, RefitUpdateInfo
-from refit.gen_side.hf_index import read_hf_shapes
-from refit.gen_side.live_memory import LiveMemory
+from refit.gen_side.live.audit import AuditReport, Committed, Loaded, audit, observe_commit, observe_staging
+from refit.gen_side.live.memory import LiveMemory
+from refit.gen_side.loader.hf_index import read_hf_shapes
+from refit.gen_side.loader.trace import LoaderTrace, trace_loader
 from refit.gen_side.staging import CommitReport, Staging
-from refit.gen_side.trace import LoaderTrace, trace_loader
 from refit.plan import ParamSpec, RankManifest
 from refit.transfer.endpoint import Endpoint
 from refit.transfer.errors import RefitFailed, take_all

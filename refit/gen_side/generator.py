@@ -16,8 +16,8 @@ from typing import Any
 
 from refit.gen_side import bounds
 from refit.gen_side.arguments import build_llm, stop_tokens_of
-from refit.gen_side.desk import Desk
-from refit.gen_side.live import EngineDescription, WorkerFacts
+from refit.gen_side.live.configuration import EngineDescription, WorkerFacts
+from refit.gen_side.live.desk import Desk
 from refit.gen_side.requests import Prompt, Requests, Sample, as_input, prompt_logprobs
 from refit.plan.errors import ConfigError
 from refit.transfer.errors import Failure, RefitFailed, TransportError

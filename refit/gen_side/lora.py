@@ -17,9 +17,9 @@ from vllm.lora.lora_model import LoRAModel
 from vllm.lora.peft_helper import PEFTHelper
 from vllm.lora.request import LoRARequest
 
-from refit.gen_side.audit import AuditReport, Committed, Loaded
 from refit.gen_side.engine import Ready, RefitWeightTransferEngine
-from refit.gen_side.hf_index import HfShapes, read_hf_shapes
+from refit.gen_side.live.audit import AuditReport, Committed, Loaded
+from refit.gen_side.loader.hf_index import HfShapes, read_hf_shapes
 from refit.gen_side.staging import CommitReport, StagingError
 from refit.plan.manifest import Holding, ParamSpec, RankManifest, TensorSpec
 from refit.plan.naming import peft_names

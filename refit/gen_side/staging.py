@@ -32,8 +32,8 @@ from refit.gen_side.layout import (
     place_live,
     process_module,
 )
+from refit.gen_side.loader.trace import LoaderTrace
 from refit.gen_side.switch import Switch, plain
-from refit.gen_side.trace import LoaderTrace
 from refit.plan.naming import canonical
 
 type Weights = Iterable[tuple[str, torch.Tensor]]

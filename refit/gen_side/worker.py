@@ -45,7 +45,7 @@ class RefitWorker:
 
     def refit_describe(self) -> tuple[Any, ...]:
         """The fields of WorkerFacts: where this worker stands, and which switches are on in its live configuration."""
-        from refit.gen_side.live import worker_facts
+        from refit.gen_side.live.configuration import worker_facts
 
         return astuple(worker_facts(self.vllm_config))
 
@@ -58,7 +58,7 @@ class RefitWorker:
         """
         from vllm.distributed import get_world_group
 
-        from refit.gen_side.readback import packed_modules, read_packed
+        from refit.gen_side.live.packed import packed_modules, read_packed
 
         if worker not in (None, get_world_group().rank_in_group):
             return False

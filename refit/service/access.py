@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from refit.gen_side.desk import RUN_ID as DESK
+from refit.gen_side.live.desk import RUN_ID as DESK
 from refit.plan import ConfigError
 from refit.service.http_engine import HttpEngine
 from refit.service.reader import TIMEOUT_S, JobEngine, Reader, ServerEngine

@@ -249,7 +249,7 @@ class TrainActor(Actor):
 
 def _offer_to(engine_dir: str, policy: Any) -> Any:
     """The policy as engines of that checkpoint see it. Collective over the trainers if it is quantized."""
-    from refit.gen_side.hf_index import read_hf_shapes
+    from refit.gen_side.loader.hf_index import read_hf_shapes
     from refit.train_side.quantized import QuantizedTrainer
     from refit.transfer.precision.scheme import scheme_of
 

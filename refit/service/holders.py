@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from refit.gen_side.hf_index import HfShapes, read_hf_shapes
+from refit.gen_side.loader.hf_index import HfShapes, read_hf_shapes
 from refit.plan import Region, TensorSpec
 from refit.plan.naming import canonical, hf_name, is_stacked
 from refit.plan.read import HeldCell, plan_read

@@ -19,7 +19,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from refit.gen_side.desk import RUN_ID as DESK
+from refit.gen_side.live.desk import RUN_ID as DESK
 from refit.plan import Manifest, PlanError, Region, decode_rank_manifest
 from refit.plan.naming import is_stacked
 from refit.plan.read import HeldCell, ReadPlan, Rows, Wanted, plan_read, wanted

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from refit.gen_side.desk import LATE_S
-from refit.gen_side.desk import RUN_ID as DESK
+from refit.gen_side.live.desk import LATE_S
+from refit.gen_side.live.desk import RUN_ID as DESK
 from refit.plan import Plan, Region, TensorSpec
 from refit.plan.read import HeldCell
 from refit.service.diff import EXACT, Box, DiffReport, diff, plain_report

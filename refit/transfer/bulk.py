@@ -30,7 +30,7 @@ from refit.transfer.groups import Group
 from refit.transfer.memory import as_bytes, strided_box
 from refit.transfer.report import DIGEST, PACK, UNPACK, WIRE, BulkReport, Tally
 from refit.transfer.runs import LiveParams
-from refit.transfer.transport import Parcel, Ticket
+from refit.transfer.transports.seam import Parcel, Ticket
 from refit.transfer.workspace import Workspace
 
 MOST_SLOTS = 16

@@ -22,7 +22,7 @@ from refit.transfer.errors import TransportError
 from refit.transfer.groups import Group
 from refit.transfer.memory import as_bits, as_bytes, copy_cast, strided_box, torch_dtype
 from refit.transfer.report import DIGEST, PACK, UNPACK, WIRE, BulkReport, Tally
-from refit.transfer.transport import Parcel
+from refit.transfer.transports.seam import Parcel
 
 
 @dataclass(frozen=True, slots=True)

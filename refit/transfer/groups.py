@@ -16,12 +16,12 @@ from torch import Tensor
 from torch._C._distributed_c10d import BroadcastOptions, ProcessGroup, ProcessGroupGloo, Store, Work
 
 from refit.plan import ConfigError, Plan
-from refit.transfer import ipc_link, nixl_link, tcp_links
 from refit.transfer.bounded import BoundedCalls
 from refit.transfer.errors import TransportError, take_all
 from refit.transfer.protocol import CUDA_IPC, NIXL, PROCESS_GROUP, TCP, TRANSPORTS
 from refit.transfer.rendezvous import ANSWER_S, ControlStore
-from refit.transfer.transport import ProcessGroupTransport, Transport, wait_for_work
+from refit.transfer.transports import ipc_link, nixl_link, tcp_links
+from refit.transfer.transports.seam import ProcessGroupTransport, Transport, wait_for_work
 
 BACKENDS = ("gloo", "nccl")
 MISC = "misc"

@@ -11,7 +11,7 @@ import torch
 
 from refit.transfer.bulk import StageJob
 from refit.transfer.report import BulkReport, merged
-from refit.transfer.transport import wait_for_stream
+from refit.transfer.transports.seam import wait_for_stream
 
 
 class _Lanes:

@@ -17,7 +17,7 @@ from torch._C._distributed_c10d import ProcessGroup
 
 from refit.plan import PlanError
 from refit.transfer.placements import Layout
-from refit.transfer.transport import wait_for_stream
+from refit.transfer.transports.seam import wait_for_stream
 
 M2N = "m2n"
 MAX_DIMS = 3

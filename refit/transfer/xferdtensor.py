@@ -35,7 +35,7 @@ from refit.transfer.placements import Layout, Mesh
 from refit.transfer.protocol import GOLDEN, P2P
 from refit.transfer.report import WIRE, BulkReport, Tally
 from refit.transfer.runs import row_major
-from refit.transfer.transport import ProcessGroupTransport, Transport, wait_for_work
+from refit.transfer.transports.seam import ProcessGroupTransport, Transport, wait_for_work
 
 NAME = "tensor"
 MAX_DIMS = 8

@@ -130,7 +130,7 @@ def run_train_rank(tell: Tell, setting: Setting, rank: int) -> dict[str, Any]:
 
 def _offer(setting: Setting, trainer: Any) -> Any:
     """The trainer as the engines of the case see it. Collective over the trainers."""
-    from refit.gen_side.hf_index import read_hf_shapes
+    from refit.gen_side.loader.hf_index import read_hf_shapes
     from refit.train_side.quantized import QuantizedTrainer
     from refit.transfer.precision.scheme import scheme_of
 
@@ -174,8 +174,8 @@ def _export_difference(setting: Setting, version: int, bulk: set[str]) -> str:
 
 def run_gen_rank(tell: Tell, setting: Setting, gen_rank: int) -> dict[str, Any]:
     """Returns `wrong` by version and check, and `logprobs` on the first rank of an engine that runs, else None."""
-    from refit.gen_side.hf_index import read_hf_shapes
-    from refit.gen_side.trace import trace_loader
+    from refit.gen_side.loader.hf_index import read_hf_shapes
+    from refit.gen_side.loader.trace import trace_loader
 
     case = setting.case
     replica, rank = divmod(gen_rank, case.gen.num_ranks)
@@ -230,7 +230,7 @@ def _round(
     tell: Tell, setting: Setting, version: int, paths: Paths, worker: Any, trace: Any, rank: int
 ) -> tuple[dict[str, str], Any]:
     """One version on one rank: what each check found wrong, "" where nothing was; and what was committed, or None."""
-    from refit.gen_side.audit import audit, observe_commit, observe_staging
+    from refit.gen_side.live.audit import audit, observe_commit, observe_staging
 
     staged = {}
     for path, endpoint in paths.by_name.items():
@@ -262,7 +262,7 @@ def _round(
 
 
 def _answer_reads(setting: Setting, worker: Any, trace: Any, committed: Any, rank: int) -> None:
-    from refit.gen_side.live_memory import LiveMemory
+    from refit.gen_side.live.memory import LiveMemory
 
     control, reads = setting.join(), Reads()
     stage = rank // setting.case.gen.tensor
@@ -322,8 +322,8 @@ def _holding_difference(
 
 def _live_difference(setting: Setting, version: int, trace: Any, mine: Mapping[str, str], rank: int) -> str:
     """Live memory after the commit against a fresh model that vLLM loads from the exported checkpoint."""
-    from refit.gen_side.audit import audit
     from refit.gen_side.bare import load
+    from refit.gen_side.live.audit import audit
 
     case = setting.case
     dtype = "float32" if case.precision == "fp32" else "bfloat16"

@@ -56,7 +56,7 @@ def arm(actor: Any, place: str, kind: str) -> None:
     from refit.gen_side.engine import RefitWeightTransferEngine
     from refit.gen_side.staging import Staging
     from refit.transfer.endpoint import Endpoint
-    from refit.transfer.transport import ProcessGroupTransport
+    from refit.transfer.transports.seam import ProcessGroupTransport
 
     owners = {"commit": Staging, "decide": RefitWeightTransferEngine, "wait": ProcessGroupTransport}
     owner = owners.get(place, Endpoint)
@@ -87,7 +87,7 @@ def has_struck(actor: Any, place: str) -> bool:
     from refit.gen_side.engine import RefitWeightTransferEngine
     from refit.gen_side.staging import Staging
     from refit.transfer.endpoint import Endpoint
-    from refit.transfer.transport import ProcessGroupTransport
+    from refit.transfer.transports.seam import ProcessGroupTransport
 
     owners = {"commit": Staging, "decide": RefitWeightTransferEngine, "wait": ProcessGroupTransport}
     owner = owners.get(place, Endpoint)

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from refit.gen_side.hf_index import read_hf_shapes
+from refit.gen_side.loader.hf_index import read_hf_shapes
 
 
 def tensors_of(folder):

@@ -5,13 +5,13 @@ import io
 
 import torch
 
-from refit.gen_side.audit import audit, observe_commit, observe_staging
 from refit.gen_side.bare import join_ranks, load
-from refit.gen_side.hf_index import read_hf_shapes
 from refit.gen_side.layout import loader_layout
+from refit.gen_side.live.audit import audit, observe_commit, observe_staging
+from refit.gen_side.loader.hf_index import read_hf_shapes
+from refit.gen_side.loader.trace import trace_loader
 from refit.gen_side.staging import Staging
 from refit.gen_side.switch import plain
-from refit.gen_side.trace import trace_loader
 from refit.plan.naming import canonical
 from refit.transfer.memory import strided_box
 from tests.gen_side.checkpoints import tensors_of

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from refit.gen_side.hf_index import read_hf_shapes
+from refit.gen_side.loader.hf_index import read_hf_shapes
 from refit.plan.errors import ConfigError
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from refit.gen_side.live import (
+from refit.gen_side.live.configuration import (
     NOT_ASKED,
     ONE_RANK,
     EngineDescription,

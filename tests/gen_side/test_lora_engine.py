@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from refit.gen_side.generator import Generator, GenOptions, GenParallel
-from refit.gen_side.hf_index import read_hf_shapes
+from refit.gen_side.loader.hf_index import read_hf_shapes
 from refit.gen_side.lora import AdapterStaging, LoraSpec
 from refit.gen_side.staging import StagingError
 from refit.plan import Manifest, PlanError, RankManifest, TensorSpec, build_plan

@@ -5,7 +5,7 @@ import time
 import pytest
 
 from refit.gen_side.generator import Generator, GenOptions, GenParallel
-from refit.gen_side.live import NOT_ASKED
+from refit.gen_side.live.configuration import NOT_ASKED
 from refit.plan.sequence import SequenceCut
 from tests.gen_side.checkpoints import tensors_of
 from tests.gen_side.parity import (

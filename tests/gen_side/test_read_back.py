@@ -41,12 +41,12 @@ TIMEOUT_S = 400.0  # the first case waits for vLLM's imports too
 
 def give_back(rank, address, parallel, dtype, folders, store, run_id):
     """Load the first folder, answer reads; commit the second over it, answer reads. Returns how it was read."""
-    from refit.gen_side.audit import observe_commit, observe_staging
     from refit.gen_side.bare import join_ranks, load
-    from refit.gen_side.hf_index import read_hf_shapes
-    from refit.gen_side.live_memory import LiveMemory
+    from refit.gen_side.live.audit import observe_commit, observe_staging
+    from refit.gen_side.live.memory import LiveMemory
+    from refit.gen_side.loader.hf_index import read_hf_shapes
+    from refit.gen_side.loader.trace import trace_loader
     from refit.gen_side.staging import Staging
-    from refit.gen_side.trace import trace_loader
     from refit.transfer.reading import Holder, Reads
 
     start, changed = folders

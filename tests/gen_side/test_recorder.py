@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from refit.gen_side.recorder import Computed, Copied, Filled, Recorder
-from refit.gen_side.views import View
+from refit.gen_side.loader.recorder import Computed, Copied, Filled, Recorder
+from refit.gen_side.loader.views import View
 
 
 @pytest.fixture

@@ -10,8 +10,8 @@ from torch.utils._pytree import tree_leaves
 
 from refit.gen_side.bare import join_ranks, load
 from refit.gen_side.generator import GenParallel
-from refit.gen_side.hf_index import read_hf_shapes
-from refit.gen_side.trace import trace_loader
+from refit.gen_side.loader.hf_index import read_hf_shapes
+from refit.gen_side.loader.trace import trace_loader
 from refit.plan import encode_rank_manifest
 from tests.gen_side.checkpoints import deepseek_shapes, header_only
 from tests.gen_side.farm import run_ranks

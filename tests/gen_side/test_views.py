@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from refit.gen_side.views import MAX_BOXES, NotABox, View, boxes
+from refit.gen_side.loader.views import MAX_BOXES, NotABox, View, boxes
 
 
 def view_of(tensor):

@@ -9,7 +9,7 @@ from refit.transfer.errors import TransportError
 from refit.transfer.groups import Group, open_group
 from refit.transfer.protocol import CUDA_IPC, NIXL, PROCESS_GROUP
 from refit.transfer.rendezvous import ControlStore
-from refit.transfer.transport import Parcel
+from refit.transfer.transports.seam import Parcel
 from tests.processes import run_processes
 
 NUM_ROUNDS = 4

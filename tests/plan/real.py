@@ -14,8 +14,8 @@ def traced(rank, address, parallel, folder, dtype):
     from vllm.config import set_current_vllm_config
 
     from refit.gen_side.bare import join_ranks, load
-    from refit.gen_side.hf_index import read_hf_shapes
-    from refit.gen_side.trace import trace_loader
+    from refit.gen_side.loader.hf_index import read_hf_shapes
+    from refit.gen_side.loader.trace import trace_loader
 
     with contextlib.redirect_stderr(io.StringIO()):
         join_ranks(folder, parallel, dtype, rank, address)

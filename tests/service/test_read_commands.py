@@ -8,8 +8,8 @@ from safetensors.torch import load_file
 
 from benchmarks.read_back import MemoryRanks, make_model, plant, write_checkpoint
 from refit import cli
-from refit.gen_side import desk as desk_module
-from refit.gen_side.desk import Desk
+from refit.gen_side.live import desk as desk_module
+from refit.gen_side.live.desk import Desk
 from refit.service import access
 from refit.service.access import JobAddress, job_reader
 from refit.service.reader import JobEngine, Reader

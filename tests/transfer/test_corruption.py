@@ -12,9 +12,18 @@ from refit.transfer.compiled import compile_stage
 from refit.transfer.digest import digest
 from refit.transfer.errors import TransportError
 from refit.transfer.groups import Group
-from refit.transfer.in_memory import CORRUPT, DROP, FAIL, STALL, SWAP, TWICE, Fault, InMemoryNetwork
 from refit.transfer.locate import bisect, mismatches
 from refit.transfer.runs import Runs
+from refit.transfer.transports.in_memory import (
+    CORRUPT,
+    DROP,
+    FAIL,
+    STALL,
+    SWAP,
+    TWICE,
+    Fault,
+    InMemoryNetwork,
+)
 from tests.transfer.cases import empty_params, fill_params, make_case, param_dtypes, same_bits
 
 SEED = 5

@@ -23,9 +23,9 @@ from refit.transfer.bounded import BoundedCalls
 from refit.transfer.endpoint import Endpoint
 from refit.transfer.errors import RefitFailed, TransportError
 from refit.transfer.groups import Group, Groups
-from refit.transfer.in_memory import FAULTS, Fault, InMemoryNetwork
 from refit.transfer.protocol import P2P, Inputs, decision_key
 from refit.transfer.rendezvous import ControlStore
+from refit.transfer.transports.in_memory import FAULTS, Fault, InMemoryNetwork
 from refit.transfer.watch import Watch
 from tests.transfer.cases import empty_params, fill_params, make_case, same_bits
 

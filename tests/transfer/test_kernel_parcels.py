@@ -12,11 +12,11 @@ from refit.transfer import bulk, compiled
 from refit.transfer.compiled import compile_stage
 from refit.transfer.digest import MASK, digest
 from refit.transfer.groups import Group
-from refit.transfer.in_memory import InMemoryNetwork
 from refit.transfer.kernels import parcel as kernel_parcel
 from refit.transfer.kernels.parcel import Params
 from refit.transfer.memory import copy_cast, strided_box, torch_dtype
 from refit.transfer.runs import Runs
+from refit.transfer.transports.in_memory import InMemoryNetwork
 from refit.transfer.weighing import ParcelWeighing
 from tests.transfer.cases import empty_params, fill_params, make_case, same_bits
 from tests.transfer.interpreted import interpreted_kernels

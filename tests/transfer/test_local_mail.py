@@ -6,8 +6,8 @@ import time
 import pytest
 
 from refit.transfer.errors import TransportError
-from refit.transfer.local_mail import LocalMail
 from refit.transfer.rendezvous import ControlStore
+from refit.transfer.transports.local_mail import LocalMail
 
 
 @pytest.fixture

@@ -7,12 +7,12 @@ import time
 import pytest
 import torch
 
-from refit.transfer import nixl_link
 from refit.transfer.errors import TransportError
-from refit.transfer.nixl_link import NixlLink
-from refit.transfer.one_sided import HEADER, OFFER, OneSidedTransport
 from refit.transfer.rendezvous import ControlStore
-from refit.transfer.transport import Parcel
+from refit.transfer.transports import nixl_link
+from refit.transfer.transports.nixl_link import NixlLink
+from refit.transfer.transports.one_sided import HEADER, OFFER, OneSidedTransport
+from refit.transfer.transports.seam import Parcel
 from tests.processes import Processes, run_processes
 
 pytestmark = pytest.mark.processes

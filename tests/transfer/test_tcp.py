@@ -7,11 +7,11 @@ import time
 import pytest
 import torch
 
-from refit.transfer import tcp_links
 from refit.transfer.errors import TransportError
 from refit.transfer.rendezvous import ControlStore
-from refit.transfer.tcp import MOST_PIECES
-from refit.transfer.transport import Parcel
+from refit.transfer.transports import tcp_links
+from refit.transfer.transports.seam import Parcel
+from refit.transfer.transports.tcp import MOST_PIECES
 from tests.transfer.test_transports import at_once, noise, soon
 
 NO_BYTES = torch.empty(0, dtype=torch.uint8)

@@ -9,16 +9,16 @@ from typing import Protocol
 import pytest
 import torch
 
-from refit.transfer import tcp_links
 from refit.transfer.errors import TransportError
 from refit.transfer.groups import open_group
-from refit.transfer.in_memory import InMemoryNetwork
-from refit.transfer.ipc_link import IpcLink
-from refit.transfer.local_mail import LocalMail
-from refit.transfer.nixl_link import open_transport
-from refit.transfer.one_sided import OneSidedTransport
 from refit.transfer.rendezvous import ControlStore
-from refit.transfer.transport import Parcel, ProcessGroupTransport, Transport
+from refit.transfer.transports import tcp_links
+from refit.transfer.transports.in_memory import InMemoryNetwork
+from refit.transfer.transports.ipc_link import IpcLink
+from refit.transfer.transports.local_mail import LocalMail
+from refit.transfer.transports.nixl_link import open_transport
+from refit.transfer.transports.one_sided import OneSidedTransport
+from refit.transfer.transports.seam import Parcel, ProcessGroupTransport, Transport
 
 RANKS = (3, 5, 8)
 

@@ -14,7 +14,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from refit.gen_side.views import View
+from refit.gen_side.loader.views import View
 from refit.transfer.inverse import STEPS
 
 _ATEN = torch.ops.aten

@@ -17,7 +17,7 @@ from contextlib import ExitStack
 
 from refit.transfer.errors import TransportError
 from refit.transfer.rendezvous import ControlStore
-from refit.transfer.tcp import TcpTransport
+from refit.transfer.transports.tcp import TcpTransport
 
 HELLO = struct.Struct("<32sI")  # secret of the one who listens, joint rank of the one who connects
 HELLO_S = 5.0  # longest wait for the hello of one connection

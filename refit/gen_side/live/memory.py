@@ -14,13 +14,13 @@ import torch
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
 
-from refit.gen_side.audit import Committed, live_tensors, packed_params
 from refit.gen_side.layout import detached_views
-from refit.gen_side.prepacked import is_prepacked, unpacked
-from refit.gen_side.readback import read_packed
+from refit.gen_side.live.audit import Committed, live_tensors, packed_params
+from refit.gen_side.live.packed import read_packed
+from refit.gen_side.live.permuted import is_prepacked, unpacked
+from refit.gen_side.loader.trace import LoaderTrace
+from refit.gen_side.loader.views import contiguous_strides
 from refit.gen_side.switch import plain
-from refit.gen_side.trace import LoaderTrace
-from refit.gen_side.views import contiguous_strides
 from refit.plan.manifest import RankManifest
 from refit.transfer.digest import whole_digest
 from refit.transfer.inverse import undo

@@ -17,10 +17,10 @@ from dataclasses import dataclass
 import torch
 
 from refit.gen_side.layout import layer_tensors
-from refit.gen_side.readback import packed_modules, read_packed
+from refit.gen_side.live.packed import packed_modules, read_packed
+from refit.gen_side.loader.trace import LoaderTrace
 from refit.gen_side.staging import Staging
 from refit.gen_side.switch import plain
-from refit.gen_side.trace import LoaderTrace
 from refit.plan.manifest import Holding
 from refit.plan.naming import canonical
 from refit.plan.region import Region, first_overlap, uncovered

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from refit.transfer.errors import TransportError
-from refit.transfer.local_mail import LocalMail
-from refit.transfer.one_sided import OneSidedTransport
 from refit.transfer.rendezvous import ControlStore
+from refit.transfer.transports.local_mail import LocalMail
+from refit.transfer.transports.one_sided import OneSidedTransport
 
 
 class SharedMemory(Protocol):

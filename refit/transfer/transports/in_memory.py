@@ -9,7 +9,7 @@ from threading import Condition
 from torch import Tensor
 
 from refit.transfer.errors import TransportError
-from refit.transfer.transport import RECEIVE, SEND, Operation, Parcel, Ticket, describe
+from refit.transfer.transports.seam import RECEIVE, SEND, Operation, Parcel, Ticket, describe
 
 CORRUPT, DROP, TWICE, SWAP, STALL, FAIL = "corrupt", "drop", "twice", "swap", "stall", "fail"
 FAULTS = (CORRUPT, DROP, TWICE, SWAP, STALL, FAIL)

@@ -22,8 +22,8 @@ from torch import Tensor
 
 from refit.plan import ConfigError
 from refit.transfer.errors import TransportError, take_all
-from refit.transfer.one_sided import OneSidedTransport
 from refit.transfer.rendezvous import ControlStore
+from refit.transfer.transports.one_sided import OneSidedTransport
 
 PLACE = struct.Struct(
     "<QQ?"

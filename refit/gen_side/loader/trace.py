@@ -16,10 +16,10 @@ from functools import lru_cache
 import torch
 from vllm.model_executor.model_loader.mtp_validation import disable_mtp_completeness_check
 
-from refit.gen_side.hf_index import HfShapes
 from refit.gen_side.layout import Slot, loader_layout
-from refit.gen_side.recorder import Computed, Copied, Filled, Recorder, Write
-from refit.gen_side.views import NotABox, View, boxes, contiguous_strides
+from refit.gen_side.loader.hf_index import HfShapes
+from refit.gen_side.loader.recorder import Computed, Copied, Filled, Recorder, Write
+from refit.gen_side.loader.views import NotABox, View, boxes, contiguous_strides
 from refit.plan.collector import collector_paused
 from refit.plan.manifest import Holding, MiscReason, ParamSpec, RankManifest, TensorSpec, coalesce_holdings
 from refit.plan.naming import canonical

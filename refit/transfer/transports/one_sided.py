@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from refit.transfer.errors import TransportError
-from refit.transfer.transport import RECEIVE, SEND, Operation, Parcel, Ticket, describe, wait_for_stream
+from refit.transfer.transports.seam import RECEIVE, SEND, Operation, Parcel, Ticket, describe, wait_for_stream
 
 OFFER, DONE, GONE = 1, 2, 3
 HEADER = struct.Struct("<BqQQ")  # kind, tag, number, num_bytes; an offer's description follows

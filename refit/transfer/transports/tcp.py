@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from refit.transfer.errors import TransportError
-from refit.transfer.transport import RECEIVE, SEND, Operation, Parcel, Ticket, describe, outstanding
+from refit.transfer.transports.seam import RECEIVE, SEND, Operation, Parcel, Ticket, describe, outstanding
 
 HEADER = struct.Struct("<QQ")  # tag, bytes that follow
 MOST_PIECES = 1024  # IOV_MAX of Linux

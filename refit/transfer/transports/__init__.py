@@ -1,0 +1,1 @@
+"""What moves parcels of bytes between ranks: the seam, and every transport behind it."""
