@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from refit.plan import PlanError, Region
 from refit.transfer import digest as digest_module
-from refit.transfer.digest import MASK, combine, digest
+from refit.transfer.digest import MASK, combine, digest, row_products
 from refit.transfer.memory import as_bits
 
 DTYPES = (
@@ -186,3 +186,12 @@ def test_scalars_and_empty_boxes_have_digests():
 def test_a_region_that_does_not_fit_is_refused(region, shape):
     with pytest.raises(PlanError, match="region"):
         digest(torch.zeros(2, 2), region, shape)
+
+
+@pytest.mark.parametrize(("num_rows", "size"), [(1, 5), (70_000, 1), (3, 32768), (2, 40_000), (40_000, 3)])
+def test_products_of_folded_rows_are_those_of_whole_tensors_however_rows_are_cut(num_rows, size):
+    words = torch.randint(-(2**63), 2**63 - 1, (num_rows, size + 2), dtype=torch.int64)[:, 1 : 1 + size]
+    by = torch.randint(-(2**63), 2**63 - 1, (size,), dtype=torch.int64)
+    expected = ((words + (words >> 32)) * by).sum(-1)
+    assert torch.equal(row_products(words, by), expected)
+    assert torch.equal(row_products(words.contiguous(), by), expected)

@@ -6,10 +6,11 @@ import pytest
 import torch
 
 from refit.plan import build_plan
+from refit.transfer import compiled as compiled_module
 from refit.transfer import gather as gather_module
 from refit.transfer.compiled import compile_stage
 from refit.transfer.gather import Gather, Rows, rows_of_moves
-from refit.transfer.memory import as_bytes, strided_box
+from refit.transfer.memory import as_bits, as_bytes, strided_box
 from refit.transfer.runs import LiveParams
 from tests.transfer.cases import empty_params, fill_params, make_case, param_dtypes
 
@@ -84,3 +85,30 @@ def test_runs_that_touch_are_one_piece_and_equal_boxes_one_part():
 
 def test_an_empty_parcel_has_no_boxes():
     assert rows_of_moves([], []) == []
+
+
+def test_a_long_box_weighs_the_same_where_it_lies(monkeypatch):
+    monkeypatch.setattr(gather_module, "SHORTEST_BYTES", 1)
+    monkeypatch.setattr(compiled_module, "MIN_ALONE_BYTES", 1)
+    num_in_place = 0
+    for seed in range(4):
+        case = make_case(seed, 2, 3, num_tensors=12, largest_dim=64)
+        plan = build_plan(case.train, case.gen, case.options)
+        manifest = case.manifest(0)
+        params = empty_params(manifest)
+        fill_params(params, case, manifest, seed, 0)
+        for stage_plan in plan.rank_plan(0).stages:
+            stage = compile_stage(plan, stage_plan, 0, param_dtypes(manifest), CPU, gathers=True)
+            for parcel in stage.parcels:
+                if parcel.box_in_place is None:
+                    continue
+                (move,) = parcel.moves
+                segment = move.segment
+                param = as_bits(params[segment.param])
+                box = strided_box(param, segment.shape, segment.strides, segment.offset)
+                sums, expected = torch.zeros((2, len(stage.sums)), dtype=torch.int64)
+                parcel.box_in_place.add_box(box, sums)
+                parcel.weighing.add(packed(parcel, params), expected)
+                assert torch.equal(sums, expected) and bool(sums.any())
+                num_in_place += 1
+    assert num_in_place > 10

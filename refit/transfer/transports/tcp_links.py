@@ -22,7 +22,9 @@ from refit.transfer.transports.tcp import TcpTransport
 HELLO = struct.Struct("<32sI")  # secret of the one who listens, joint rank of the one who connects
 HELLO_S = 5.0  # longest wait for the hello of one connection
 INTERFACE = "GLOO_SOCKET_IFNAME"  # as for gloo's own connections
-LOCAL_BUFFER_BYTES = 512 << 10  # to a rank of this machine: what waits there should stay in the cache
+LOCAL_BUFFER_BYTES = (
+    512 << 10
+)  # half of what Linux allots; to a rank of this machine, so that it stays in the cache
 SIOCGIFADDR = 0x8915  # ioctl of Linux: the address of an interface
 
 
