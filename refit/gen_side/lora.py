@@ -85,7 +85,8 @@ class AdapterStaging:
             if name not in self.specs or tuple(tensor.shape) != self.specs[name].shape:
                 wanted = self.specs[name].shape if name in self.specs else "no such tensor"
                 raise StagingError(
-                    f"adapter tensor {name} came as {tuple(tensor.shape)}; this engine has {wanted}"
+                    f"adapter tensor {name} came as {tuple(tensor.shape)}; this engine has {wanted}: build both "
+                    "with one policy.lora_rank and policy.lora_targets"
                 )
             self.tensors[name] = tensor.clone()  # what came lies in a receive buffer
         missing = sorted(self.specs.keys() - self.tensors.keys())

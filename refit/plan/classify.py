@@ -10,6 +10,7 @@ from refit.plan.dtypes import can_cast, item_bytes
 from refit.plan.errors import PlanError
 from refit.plan.manifest import TensorSpec
 from refit.plan.match import Cell, Matcher
+from refit.plan.naming import peft_factor
 from refit.plan.options import PlanOptions
 from refit.plan.region import Region, uncovered
 from refit.plan.sides import Layout, Side
@@ -84,7 +85,22 @@ def _contradictions(train: Side, gen: Side, names: Iterable[str]) -> Iterable[st
         elif stored is None:
             yield f"tensor {name!r} is wanted by the generators but no trainer names it, not even as misc"
         elif stored.shape != wanted.shape:
-            yield f"tensor {name!r} has shape {stored.shape} on trainers and {wanted.shape} on generators"
+            yield (
+                f"tensor {name!r} has shape {stored.shape} on trainers and {wanted.shape} on generators; "
+                f"{_way_out(stored, wanted)}"
+            )
+
+
+def _way_out(stored: TensorSpec, wanted: TensorSpec) -> str:
+    """What to do about two shapes of one tensor. Factors of one layer's adapter differ in one dim alone: the rank."""
+    factor = peft_factor(stored.name)
+    if factor is not None:
+        dim = "AB".index(factor)
+        return (
+            f"trainers learn adapters of rank {stored.shape[dim]}, the engine was built for {wanted.shape[dim]}: "
+            "build both with one policy.lora_rank"
+        )
+    return "build both from one checkpoint"
 
 
 def _misc_reason(name: str, train: Side, gen: Side, whitelist: Iterable[re.Pattern[str]]) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from refit.plan.errors import PlanError
 
 _EXPERT = re.compile(r"^(?P<head>(?:.*\.)?experts)\.(?P<index>\d+)\.(?P<tail>.+)$")
+_FACTOR = re.compile(r"^base_model\.model\..+\.lora_(?P<factor>[AB])\.weight$")
 _STACKED = re.compile(r"^(?P<head>(?:.*\.)?experts)\.\*\.(?P<tail>.+)$")
 
 
@@ -45,3 +46,9 @@ def peft_names(hf_name: str) -> tuple[str, str]:
     """The LoRA factors A and B of a weight as PEFT names them: `base_model.model.<module>.lora_A.weight`."""
     module = hf_name.removesuffix(".weight")
     return f"base_model.model.{module}.lora_A.weight", f"base_model.model.{module}.lora_B.weight"
+
+
+def peft_factor(name: str) -> str | None:
+    """ "A" or "B" for a factor in PEFT's names; A has the rank as its dim 0, B as its dim 1."""
+    found = _FACTOR.match(name)
+    return None if found is None else found["factor"]

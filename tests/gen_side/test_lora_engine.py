@@ -130,8 +130,15 @@ def test_an_adapter_of_another_rank_is_refused_with_both_shapes(tmp_path):
     trained = manifest_of(adapter_for(start, seed=1, rank=4))
     tensors = LoraSpec(**LORA).tensors(read_hf_shapes(start), "float32")
     served = RankManifest("gen", 0, 0, 0, tensors, (), (), ())
-    with pytest.raises(PlanError, match=r"shape \(4, 128\) on trainers and \(8, 128\) on generators"):
+    with pytest.raises(
+        PlanError, match=r"shape \(4, 128\) on trainers and \(8, 128\) on generators"
+    ) as refused:
         build_plan(Manifest("train", (trained,)), Manifest("gen", (served,)))
+    first_two = str(refused.value).splitlines()[1:3]
+    assert "lora_A" in first_two[0] and "lora_B" in first_two[1]
+    assert all(
+        "trainers learn adapters of rank 4, the engine was built for 8: " in each for each in first_two
+    )
 
 
 def test_a_tensor_that_is_no_part_of_the_adapter_or_is_missing_is_refused():
@@ -140,7 +147,9 @@ def test_a_tensor_that_is_no_part_of_the_adapter_or_is_missing_is_refused():
         StagingError, match=r"adapter tensor b came as \(2, 3\); this engine has no such tensor"
     ):
         staging.load_misc([("b", torch.zeros(2, 3))])
-    with pytest.raises(StagingError, match=r"a came as \(2, 4\); this engine has \(2, 3\)"):
+    with pytest.raises(
+        StagingError, match=r"a came as \(2, 4\); this engine has \(2, 3\): build both with one"
+    ):
         staging.load_misc([("a", torch.zeros(2, 4))])
     with pytest.raises(StagingError, match="1 adapter tensors did not come, a first"):
         staging.load_misc([])
