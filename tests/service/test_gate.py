@@ -73,7 +73,10 @@ REFUSALS = [
         ["generation.tensor_parallel = 2", "64 of attention rows", "blocks of 128"],
     ),
     (["policy.lora_rank=-1"], ["policy.lora_rank = -1", "at least 0"]),
-    (["policy.lora_refit=adapter"], ["policy.lora_refit = 'adapter'", "policy.lora_rank is 0", "no adapters"]),
+    (
+        ["policy.lora_refit=adapter"],
+        ["policy.lora_refit = 'adapter'", "policy.lora_rank is 0", "no adapters"],
+    ),
     (
         ["policy.lora_rank=3", "policy.tensor_parallel=2"],
         ["policy.lora_rank = 3", "policy.tensor_parallel 2", "multiple of 2"],
