@@ -31,7 +31,11 @@ from refit.transfer.protocol import PROCESS_GROUP, TCP
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one campaign; the last line of standard output is its summary."""
-    arguments = _parser().parse_args(argv)
+    parser = _parser()
+    arguments = parser.parse_args(argv)
+    for name in ("faults", "replicas", "timeout_s"):
+        if not vars(arguments)[name] >= 1:
+            parser.error(f"--{name.replace('_', '-')} is {vars(arguments)[name]}; give at least 1")
     config = config_of(arguments.replicas, arguments.timeout_s, arguments.transport)
     arguments.run_dir.mkdir(parents=True, exist_ok=True)
     started_s = time.monotonic()

@@ -27,7 +27,6 @@ class Crew:
         self._logs = logs
         self._num_trainers = num_trainers
         self._pids: dict[Any, int] = {}
-        self.num_replaced = 0
         self.trainers: list[Any] = []
         self.generators: list[Any] = [self._replica(number) for number in range(num_replicas)]
         self.hire_trainers()
@@ -72,7 +71,6 @@ class Crew:
     def restart_generator(self, replica: int) -> Replacement:
         actor = self._replica(replica)
         self.generators[replica] = actor
-        self.num_replaced += 1
         return Replacement(actor, actor.build.remote())
 
     def _replica(self, number: int) -> Any:

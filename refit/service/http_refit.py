@@ -164,7 +164,8 @@ class HttpRefit:
 
         Digests that differ discard the version on all servers; the record then says so. Raises RefitFailed with the
         cause when a rank or server failed, or a server has this version or a newer one already; the old version serves
-        then, and `prepare` opens the next session.
+        then, and `prepare` opens the next session. TransportError when a server did not pause or finish: the ranks,
+        whose `send` has returned by then, hear of it in their next one.
         """
         self._attempt += 1
         self._led("refit", lambda: self._require_newer(version))

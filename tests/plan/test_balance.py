@@ -52,6 +52,12 @@ def test_shares_follow_the_rates_of_overlapping_holder_sets():
     assert max(sent[0], sent[1], sent[2] / 4) <= 151
 
 
+def test_two_overlapping_holder_sets_are_levelled_over_all_their_ranks():
+    shares = share_out({(0, 1): 300, (1, 2): 300})
+    sent = [shares[0, 1][0], shares[0, 1][1] + shares[1, 2][0], shares[1, 2][1]]
+    assert sum(sent) == 600 and max(sent) <= 205, "one rank after the other gives 225"
+
+
 @pytest.mark.parametrize("fabric", [(8, 8), (8, 4), (8, 2), (6, 2)], ids=str)
 @pytest.mark.parametrize(
     ("train", "gen"),

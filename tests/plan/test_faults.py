@@ -9,6 +9,7 @@ from refit.plan import (
     Mesh,
     PlanError,
     PlanOptions,
+    Region,
     Replicate,
     Shard,
     TensorSpec,
@@ -16,6 +17,7 @@ from refit.plan import (
     mesh_manifest,
 )
 from refit.plan.plan import Plan
+from refit.plan.proof import _copy_fault
 
 WEIGHT = TensorSpec("weight", (24, 8), "float32")
 BIAS = TensorSpec("bias", (24,), "float32")
@@ -102,6 +104,21 @@ def test_a_flow_to_the_wrong_receiver_is_killed(plan):
     flow = plan.flows[0]
     wrong = tuple((rank + 1) % 3 for rank in flow.receivers)
     killed(with_flow(plan, 0, receivers=wrong), "covered|no wanted box")
+
+
+def test_a_flow_that_leads_to_no_wanted_box_is_killed_also_beside_a_whole_cover(plan):
+    stray = replace(plan.flows[0], receivers=(0, 1, 2))
+    killed(replace(plan, flows=(*plan.flows, stray)), "1 of .* flows lead to no wanted box")
+
+
+def test_boxes_of_a_copy_that_are_no_partition_of_its_holdings_are_named(plan):
+    low, high = Region((0, 0), (4, 8)), Region((2, 0), (6, 8))
+    whole = [Region((0, 0), (6, 8))]
+    assert _copy_fault([low, high], [low, high], plan.train) == "its boxes overlap"
+    assert _copy_fault(whole, [low, high], plan.train) is None, "trainers may hold an element twice"
+    assert _copy_fault(whole, [low, high], plan.gen) == "its holdings overlap inside one copy"
+    assert _copy_fault([low], whole, plan.train) == "holding part [4:6, 0:8] is in no box"
+    assert _copy_fault(whole, [low], plan.train) == "box part [4:6, 0:8] is in no holding"
 
 
 def test_a_wrong_copy_number_is_killed(plan):

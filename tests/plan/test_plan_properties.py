@@ -7,7 +7,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from refit.plan import build_plan, decode_manifest, encode_manifest
+from refit.plan import (
+    Mesh,
+    PlanOptions,
+    Replicate,
+    TensorSpec,
+    build_plan,
+    decode_manifest,
+    encode_manifest,
+    mesh_manifest,
+)
 from tests.plan.worlds import elements, expected, random_world, run
 
 
@@ -80,3 +89,17 @@ def test_a_plan_from_wire_documents_is_the_same_plan(seed):
         decode_manifest(encode_manifest(train)), decode_manifest(encode_manifest(gen)), options
     )
     assert again.digest == build_plan(train, gen, options).digest
+
+
+@pytest.mark.parametrize("max_ops", [1, 2, 3, 4])
+def test_a_rank_with_many_rounds_meets_no_more_peers_in_one_than_it_may(max_ops):
+    """Also where the peers are no multiple of it: the last phase of one turn is not the first of the next."""
+    weight = TensorSpec("weight", (640, 64), "float32")
+    train, gen = (
+        mesh_manifest(side, Mesh((size,), tuple(range(size))), {"weight": (weight, (Replicate(),))})
+        for side, size in (("train", 1), ("gen", 5))
+    )
+    options = PlanOptions(bucket_bytes=1 << 16, max_ops_per_round=max_ops, whitelist=(".*",))
+    rounds = build_plan(train, gen, options).rank_plan(0).stages[0].rounds
+    assert len(rounds) > 2 * 5
+    assert max(len(round_.sends) for round_ in rounds) == max_ops

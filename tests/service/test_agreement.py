@@ -26,8 +26,9 @@ from refit.plan import (
 )
 from refit.service.agreement import Terms, agree_on_plan, describe_mismatches, mismatches_of
 from refit.service.config import JobConfig, PolicyConfig, RefitConfig
-from refit.service.rounds import whitelist_of
-from refit.transfer.errors import RefitFailed, TransportError
+from refit.service.rounds import Joint, settle_s, whitelist_of
+from refit.service.waiting import Answers
+from refit.transfer.errors import Failure, RefitFailed, TransportError
 from refit.transfer.protocol import OK, describe_key, digest_key, ready_key
 from refit.transfer.rendezvous import ControlStore
 
@@ -162,6 +163,16 @@ def test_one_rank_with_another_plan_ends_it_before_any_collective(control: Contr
     assert control.peek("prepare/go") is None
 
 
+def test_a_rank_whose_groups_do_not_open_is_named_at_the_deadline(control: ControlStore, plan: Plan) -> None:
+    publish_descriptions(control)
+    for rank in range(3):
+        control.put(digest_key(rank), plan.digest)
+    for rank in (0, 2):
+        control.put(ready_key(rank), OK)
+    with pytest.raises(TransportError, match="ready/1"):
+        agree_on_plan(control, terms(1.0))
+
+
 def test_a_rank_that_never_describes_itself_is_named_at_the_deadline(control: ControlStore) -> None:
     control.put(describe_key("train", 0), encode_rank_manifest(TRAIN.ranks[0]))
     with pytest.raises(TransportError, match="describe/train/1"):
@@ -187,3 +198,24 @@ def test_the_flag_and_force_misc_choose_what_may_be_bulk() -> None:
     without_norms = JobConfig(policy=on, refit=RefitConfig(force_misc=(r".*norm\.weight",)))
     assert may_be_bulk(JobConfig(policy=on), norm) and may_be_bulk(JobConfig(policy=on), UP.name)
     assert not may_be_bulk(without_norms, norm) and may_be_bulk(without_norms, UP.name)
+    without_a_beginning = JobConfig(policy=on, refit=RefitConfig(force_misc=(r"model\.layers\.0",)))
+    assert may_be_bulk(without_a_beginning, UP.name), "a pattern is of the whole name"
+
+
+def test_a_silent_actor_is_a_cause_where_the_coordinator_itself_has_none() -> None:
+    silent = Answers({}, {}, ("generator 1",))
+    assert str(Joint(silent, object(), None).cause) == "no answer from generator 1"
+    assert Joint(Answers({}, {}, ()), object(), None).cause is None
+    told = RefitFailed(Failure("refit", "gen 0", "disk full"))
+    assert Joint(silent, None, told).cause is told, "who failed says more than who is silent"
+    own = TransportError("the store is gone")
+    died = Answers({}, {"generator 0": (True, Failure("refit", "generator 0", "died"))}, ())
+    assert Joint(died, None, own).cause is own
+    assert str(Joint(died, None, told).cause) == str(RefitFailed(Failure("refit", "generator 0", "died")))
+
+
+@pytest.mark.parametrize(("timeout_s", "settle"), [(4.0, 3.0), (40.0, 10.0), (120.0, 20.0)])
+def test_the_others_have_a_quarter_of_the_limit_to_end_after_a_failure(
+    timeout_s: float, settle: float
+) -> None:
+    assert settle_s(timeout_s) == settle

@@ -7,6 +7,7 @@ import random
 
 import pytest
 
+from refit.chaos.__main__ import main
 from refit.chaos.faults import CORRUPT, DRIVER, KINDS, PHASES, Fault, Striker, broken_words, draw
 from refit.chaos.judge import COMMITTED, ENDED, REPEATED, WITHOUT, Outcome, broken_by, due, ending_of
 
@@ -35,6 +36,15 @@ def all_serve(version):
     return {f"generator {k}": (version, True) for k in range(3)}, {
         f"generator {k}": f"serving({version})" for k in range(3)
     }
+
+
+@pytest.mark.parametrize(
+    "words", [("--faults", "0"), ("--replicas", "-1"), ("--timeout-s", "nan")], ids="=".join
+)
+def test_a_campaign_of_nothing_is_refused_before_anything_starts(words, capsys):
+    with pytest.raises(SystemExit) as left:
+        main(words)
+    assert left.value.code == 2 and f"{words[0]} is {words[1]}; give at least 1" in capsys.readouterr().err
 
 
 def test_an_outcome_as_it_should_be_breaks_nothing():

@@ -76,6 +76,10 @@ REFUSALS = [
     ),
     (["policy.lora_rank=-1"], ["policy.lora_rank = -1", "at least 0"]),
     (
+        ["policy.lora_refit=adapter"],
+        ["policy.lora_refit = 'adapter'", "policy.lora_rank is 0", "no adapters"],
+    ),
+    (
         ["policy.lora_rank=3", "policy.tensor_parallel=2"],
         ["policy.lora_rank = 3", "policy.tensor_parallel 2", "multiple of 2"],
     ),
@@ -280,6 +284,7 @@ WORKS = [
     [HYBRID, "policy.tensor_parallel=2", ONE_STAGE],
     [MOE, "policy.tensor_parallel=2", "policy.data_parallel=2", "policy.expert_tensor_parallel=2", ONE_STAGE],
     ["policy.virtual_pipeline=2"],
+    ["policy.num_microbatches=256"],  # as many as samples in a step
     ["policy.pipeline_parallel=3", "policy.first_stage_layers=1", "policy.last_stage_layers=2"],
 ]
 

@@ -352,9 +352,11 @@ def fused_experts(rank, world_size, address):
     """Holdings of one expert's [rows, 3] cut by TP2, of fused HF tensors in both orientations; asserts all."""
     from types import SimpleNamespace
 
+    import pytest
+
     from refit.train_side import cpu_compat
     from refit.train_side.lowering import rules
-    from refit.train_side.lowering.pieces import HfTensor, LocalParam, holdings_of
+    from refit.train_side.lowering.pieces import CannotLowerError, HfTensor, LocalParam, holdings_of
 
     cpu_compat.import_bridge()
 
@@ -387,3 +389,6 @@ def fused_experts(rank, world_size, address):
     ]
     assert held(plain, (3, 4), (5, 3, 8), "row", False) == [((3, 0, 4), (4, 3, 8), 0, (4, 1))]
     assert held(plain, (3, 4), (5, 8, 3), "row", True) == [((3, 4, 0), (4, 8, 3), 0, (1, 4))]
+    for kind, hf_shape in (("row", (5, 8, 3)), ("column", (5, 4, 6))):
+        with pytest.raises(CannotLowerError):  # it would fit transposed, which Bridge does not do here
+            held(plain, (3, 4), hf_shape, kind, False)

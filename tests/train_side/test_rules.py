@@ -289,3 +289,16 @@ def test_a_parameter_that_does_not_fit_its_tensor_is_refused_with_both_shapes(ru
     subject = rules.Subject(mapping, None, None, param, lambda name: HfTensor(name, shape, None))
     with pytest.raises(CannotLowerError, match=r"decoder\.p"):
         list(holdings_of(param, rule(subject)))
+
+
+@pytest.mark.parametrize(("rule", "rows"), [(rules.qkv, 16), (rules.kv, 8)])
+def test_fused_heads_that_do_not_fill_the_parameter_are_refused_with_both_numbers(rule, rows):
+    param = LocalParam.whole("decoder.p", (5, 3), (3, 1))
+    parts = {part: part for part in "qkv"}
+    mapping = SimpleNamespace(hf_param=parts, tp_rank=0, tp_size=2, megatron_param="linear.weight")
+    heads = SimpleNamespace(
+        num_attention_heads=4, num_query_groups=2, kv_channels=2, attention_output_gate=False
+    )
+    subject = rules.Subject(mapping, None, heads, param, lambda name: HfTensor(name, (8, 3), None))
+    with pytest.raises(CannotLowerError, match=rf"5 rows on each of 2 ranks, its HF tensors have {rows}"):
+        list(holdings_of(param, rule(subject)))

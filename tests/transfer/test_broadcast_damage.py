@@ -1,12 +1,14 @@
 """Every bit of a packed broadcast, flipped in memory: it is refused with the reason, or a digest shows it."""
 
 import itertools
+import json
+import zlib
 
 import pytest
 import torch
 
 from refit.plan import TensorSpec
-from refit.transfer.broadcast import PROTOCOL, receive_packed, send_packed
+from refit.transfer.broadcast import INDEX_BYTES, PROTOCOL, _frame_check, receive_packed, send_packed
 from refit.transfer.digest import whole_digest
 from refit.transfer.errors import TransportError
 
@@ -108,3 +110,46 @@ def test_lost_repeated_and_exchanged_chunks_are_refused(stream):
     for messages in streams:
         with pytest.raises(TransportError, match=r"frame \d of the misc broadcast from rank 0 is damaged"):
             received(messages)
+
+
+def chunk(pieces, size):
+    """A frame and its chunk as a sender would post them: whole, whatever the pieces say."""
+    index = json.dumps(pieces).encode()
+    message = torch.cat(
+        [torch.zeros(size, dtype=torch.uint8), torch.frombuffer(bytearray(index), dtype=torch.uint8)]
+    )
+    return message, (message.numel(), len(index), zlib.crc32(index))
+
+
+def framed(*chunks):
+    frames = [*(numbers for _, numbers in chunks), (0, 0, zlib.crc32(b""))]
+    messages = [torch.tensor([PROTOCOL, CHUNK_BYTES])]
+    for number, numbers in enumerate(frames):
+        messages.append(torch.tensor([*numbers, _frame_check(number, *numbers)]))
+        messages += [message for message, _ in chunks[number : number + 1]]
+    return messages
+
+
+def test_a_sender_that_leaves_a_gap_in_a_tensor_is_stopped_where_the_gap_begins():
+    first = chunk([["a", "float32", [2, 3], 0, 8, 0]], 16)
+    later = chunk([["a", "float32", [2, 3], 16, 8, 0]], 16)
+    with pytest.raises(TransportError, match="'a' continues at byte 16; 8 have arrived"):
+        received(framed(first, later))
+    with pytest.raises(TransportError, match="'a' continues at byte 16 but was never opened"):
+        received(framed(later))
+
+
+def test_a_chunk_that_is_larger_than_the_agreed_one_is_refused_before_it_is_received():
+    with pytest.raises(TransportError, match="the two sides are out of step"):
+        received(framed(chunk([["a", "float32", [2, 3], 0, 24, 0]], CHUNK_BYTES + INDEX_BYTES + 1)))
+
+
+def test_more_tensors_than_an_index_names_go_in_several_chunks():
+    chunk_bytes, count = INDEX_BYTES, INDEX_BYTES // 16 - 1
+    planned = {f"scale.{at}": TensorSpec(f"scale.{at}", (4,), "float32") for at in range(count)}
+    sent = {name: torch.full((4,), float(at)) for at, name in enumerate(planned)}
+    group = Recorded()
+    send_packed(sent.items(), group, planned, chunk_bytes, 0.0, CPU)
+    assert sum(map(len, planned)) > INDEX_BYTES // 2 and len(group.messages) > 4
+    found = dict(receive_packed(Recorded(group.messages), planned, chunk_bytes, 0.0, CPU))
+    assert all(torch.equal(found[name], tensor) for name, tensor in sent.items())

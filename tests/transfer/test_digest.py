@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from refit.plan import PlanError, Region
 from refit.transfer import digest as digest_module
-from refit.transfer.digest import MASK, combine, digest, row_products
+from refit.transfer.digest import MASK, combine, digest, row_products, whole_digest
 from refit.transfer.memory import as_bits
 
 DTYPES = (
@@ -171,6 +171,17 @@ def test_a_tensor_larger_than_a_chunk_is_summed_in_parts(monkeypatch):
     at_once = digest(tensor, whole, tensor.shape)
     monkeypatch.setattr(digest_module, "CHUNK_ELEMENTS", 50)
     assert digest(tensor, whole, tensor.shape) == at_once
+
+
+def test_memory_that_begins_amid_a_word_is_digested_wherever_the_view_begins():
+    values = torch.arange(64, dtype=torch.int16)
+    wanted = whole_digest(values[:32])
+    for skipped in range(4):
+        shifted = torch.frombuffer(bytearray(2 * skipped + 128), dtype=torch.int16, offset=2 * skipped)
+        shifted.copy_(values)
+        assert whole_digest(shifted[:32]) == wanted
+        for start in range(4):
+            assert whole_digest(shifted[start:].clone()[:32]) == whole_digest(shifted[start : start + 32])
 
 
 def test_scalars_and_empty_boxes_have_digests():

@@ -157,6 +157,7 @@ def wrong_rank(rank: int, port: int) -> list[str]:
             Shard(0),
             Replicate(),
         ),  # a dtype that nobody moves
+        (part.to(torch.float16) if rank else part, full, Shard(0), Replicate()),  # two dtypes of one tensor
     ):
         try:
             xferdtensor(src, mesh, [src_placement], dst, mesh, [dst_placement], group, timeout_s=20.0)
@@ -174,6 +175,7 @@ def test_wrong_local_tensors_raise_the_same_error_on_every_rank():
         "torch.chunk" in first[0] and "mesh" in first[1] and "int32" in first[2] and "must agree" in first[3]
     )
     assert "rank 1" in first[4] and "items of 8 bytes" in first[4]
+    assert "local tensors of src differ: dtypes ['float16', 'float32']" in first[5]
 
 
 def cast_and_stride_rank(rank: int, port: int) -> None:

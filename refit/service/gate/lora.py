@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from refit.service.config import LORA_REFITS
+from refit.service.config import ADAPTER, LORA_REFITS, PolicyConfig
 from refit.service.gate.model import ModelFacts
 from refit.service.gate.rules import Case, Violation
 from refit.train_side.options import LORA_TARGETS
@@ -17,11 +17,8 @@ MAX_SERVED_RANK = 512
 def lora(case: Case) -> Iterator[Violation]:
     """Adapters are cut over the tensor parallel ranks, along their rank where the layer's own cut does not reach."""
     policy = case.config.policy
-    if policy.lora_rank < 0:
-        yield Violation(
-            "policy.lora_rank", policy.lora_rank, "it must be at least 0", "Use 0 for no adapters"
-        )
     if policy.lora_rank < 1:
+        yield from _no_adapters(policy)
         return
     if policy.lora_rank % policy.tensor_parallel:
         problem = f"it does not divide by policy.tensor_parallel {policy.tensor_parallel}, over which adapters are cut"
@@ -42,6 +39,16 @@ def lora(case: Case) -> Iterator[Violation]:
         yield from _adapters_alone(case)
     if case.model is not None:
         yield from _unproven(case, case.model)
+
+
+def _no_adapters(policy: PolicyConfig) -> Iterator[Violation]:
+    if policy.lora_rank < 0:
+        yield Violation(
+            "policy.lora_rank", policy.lora_rank, "it must be at least 0", "Use 0 for no adapters"
+        )
+    if policy.lora_refit == ADAPTER:
+        problem = f"policy.lora_rank is {policy.lora_rank}, so there are no adapters to send"
+        yield Violation("policy.lora_refit", ADAPTER, problem, "Use merged, or policy.lora_rank=8")
 
 
 def _adapters_alone(case: Case) -> Iterator[Violation]:
