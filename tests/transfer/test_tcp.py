@@ -88,7 +88,7 @@ def test_a_peer_that_leaves_is_named_long_before_the_deadline(ends):
 def test_what_waits_for_a_rank_of_the_same_machine_stays_small(ends):
     for transport, peer in ((ends[3], 5), (ends[5], 3)):
         link = transport._connections[peer].link
-        assert link.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF) == 2 * tcp_links.LOCAL_BUFFER_BYTES
+        assert link.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF) <= 2 * tcp_links.LOCAL_BUFFER_BYTES
 
 
 def test_who_does_not_know_the_secret_is_not_taken_for_a_peer():
