@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from refit.gen_side.layout import Slot
-from refit.gen_side.recorder import Computed, Copied, Filled
-from refit.gen_side.trace import _Compiler
-from refit.gen_side.views import View
+from refit.gen_side.loader.recorder import Computed, Copied, Filled
+from refit.gen_side.loader.trace import _Compiler
+from refit.gen_side.loader.views import View
 
 pytestmark = pytest.mark.vllm
 
