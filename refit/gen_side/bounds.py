@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import threading
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
@@ -53,7 +54,8 @@ def segments_of(processes: set[Any]) -> set[Path]:
 def end_processes(processes: set[Any], grace_s: float = 2.0, noted: Collection[Path] = frozenset()) -> None:
     """End exactly these processes: politely, then at once after `grace_s`.
 
-    Removes the shared memory that they leave: what they map now, and what was `noted` of those that died before.
+    Removes the shared memory that they leave: what they map now, and what was `noted` of those that died before. What
+    this process maps of it are its queues to them.
     """
     import psutil
 
@@ -68,7 +70,7 @@ def end_processes(processes: set[Any], grace_s: float = 2.0, noted: Collection[P
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
     psutil.wait_procs(left, timeout=5.0)
-    remove_unmapped(segments)
+    remove_unmapped(segments, besides=(os.getpid(),))
 
 
 def message_queues(llm: Any) -> tuple[Any, ...]:
@@ -82,7 +84,7 @@ def message_queues(llm: Any) -> tuple[Any, ...]:
 
 
 def shut_down(llm: Any, queues: tuple[Any, ...]) -> None:
-    """vLLM's own shutdown, given CLOSE_S, and the end of its sockets.
+    """vLLM's own shutdown, given CLOSE_S, and the end of its sockets and of the queues' shared memory.
 
     vLLM drops its queues unclosed and then collects garbage. A ZeroMQ context that is found there before its sockets
     waits for them inside the collector, for ever, and no thread of the process collects anything again. So the queues
@@ -94,6 +96,8 @@ def shut_down(llm: Any, queues: tuple[Any, ...]) -> None:
             llm.llm_engine.engine_core.shutdown()
         for socket in _sockets(queues):
             socket.close(linger=0)
+        for queue in queues:
+            _remove_memory(queue)
 
     thread = threading.Thread(target=end, name="refit-close-engine", daemon=True)
     thread.start()
@@ -105,3 +109,12 @@ def _sockets(queues: tuple[Any, ...]) -> list[Any]:
 
     owners = [*queues, *(queue._spin_condition for queue in queues if queue._spin_condition is not None)]
     return [value for owner in owners for value in vars(owner).values() if isinstance(value, zmq.Socket)]
+
+
+def _remove_memory(queue: Any) -> None:
+    """Remove the segment that the queue has made, before the process that would do it at the very end is gone."""
+    buffer = queue.buffer
+    if buffer is not None and buffer.is_creator:
+        buffer.is_creator = False  # else it is removed once more when the queue is collected
+        with contextlib.suppress(FileNotFoundError):
+            buffer.shared_memory.unlink()

@@ -5,7 +5,7 @@ vLLM's workers on a CPU add up through segments of 4 MiB that only a worker whic
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 SHARED_MEMORY = "/dev/shm/"  # noqa: S108  not a temporary file of ours
@@ -22,12 +22,16 @@ def shared_memory_of(pid: int) -> set[Path]:
     return {Path(SHARED_MEMORY) / name for name in names if not name.endswith(" (deleted)")}
 
 
-def remove_unmapped(segments: Iterable[Path]) -> None:
-    """Remove those of `segments` that no process maps any more. Call when the processes that mapped them have ended."""
+def remove_unmapped(segments: Iterable[Path], besides: Collection[int] = ()) -> None:
+    """Remove those of `segments` that no process maps any more, but for the processes `besides`.
+
+    Call when the processes that mapped them have ended. Who maps one that is removed may go on with it.
+    """
     left = {segment for segment in segments if segment.exists()}
     if not left:
         return
     for process in _PROCESSES.glob("[0-9]*"):
-        left -= shared_memory_of(int(process.name))
+        if int(process.name) not in besides:
+            left -= shared_memory_of(int(process.name))
     for segment in left:
         segment.unlink(missing_ok=True)

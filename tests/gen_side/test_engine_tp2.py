@@ -14,7 +14,6 @@ from refit.service.holders import CheckpointWeights, EngineWeights
 from refit.service.reader import JobEngine, Reader, VersionMoved
 from refit.train_side.tiny_models import make_tiny_model
 from refit.transfer.errors import RefitFailed
-from refit.transfer.segments import shared_memory_of
 from tests.gen_side.checkpoints import shifted, tensors_of
 from tests.gen_side.exact import fresh_hashes
 from tests.gen_side.farm import run_ranks
@@ -48,8 +47,8 @@ def engine(request, folders):
 
 
 def left_of(segments):
-    """What is still there and not this process's own: vLLM's queues here live as long as the engine's last object."""
-    return {segment for segment in segments - shared_memory_of(os.getpid()) if segment.exists()}
+    """What is still there of an engine's shared memory, its queues in this process included."""
+    return {segment for segment in segments if segment.exists()}
 
 
 def test_both_ranks_hold_what_a_fresh_load_holds_after_two_refits(engine, folders):
