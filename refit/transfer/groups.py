@@ -110,14 +110,18 @@ def open_groups(
     if backend not in BACKENDS:
         raise ConfigError(f"refit.backend is {backend!r}; it can be one of {', '.join(BACKENDS)}")
     deadline = time.monotonic() + timeout_s
-    stages = {
-        stage.stage: open_group(
-            control, f"stage{stage.stage}", stage.group_ranks, rank, backend, deadline, transport
-        )
-        for stage in plan.rank_plan(rank).stages
-    }
+    stages: dict[int, Group] = {}
     misc_ranks = (0, *range(plan.num_train, plan.num_train + plan.num_gen))
-    misc = open_group(control, MISC, misc_ranks, rank, backend, deadline) if rank in misc_ranks else None
+    try:
+        for stage in plan.rank_plan(rank).stages:
+            name = f"stage{stage.stage}"
+            stages[stage.stage] = open_group(
+                control, name, stage.group_ranks, rank, backend, deadline, transport
+            )
+        misc = open_group(control, MISC, misc_ranks, rank, backend, deadline) if rank in misc_ranks else None
+    except BaseException:
+        Groups(stages, None).close()
+        raise
     return Groups(stages, misc)
 
 

@@ -4,6 +4,7 @@ A thread puts `pulse/<rank>` = [beat, doing] into the control store every PULSE_
 that is set it calls `on_failure`, which frees the threads that are blocked in a group.
 """
 
+import logging
 import time
 from collections.abc import Callable, Sequence
 from threading import Event, Thread
@@ -14,6 +15,8 @@ from refit.transfer.rendezvous import ControlStore
 PULSE_S = 0.25
 SILENT_S = 4 * PULSE_S  # a rank without a new pulse for so long is dead or stopped
 CLOSED = "closed"
+
+_log = logging.getLogger(__name__)
 
 
 class Watch:
@@ -49,7 +52,7 @@ class Watch:
                 beat += 1
                 self._control.put(pulse_key(self._rank), [beat, self._doing])
                 if self._control.failure() is not None:
-                    self._on_failure()
+                    self._hear()
                     break
                 self._stop.wait(PULSE_S)
             while not self._stop.wait(PULSE_S):
@@ -57,7 +60,17 @@ class Watch:
                 self._control.put(pulse_key(self._rank), [beat, self._doing])
             self._control.put(pulse_key(self._rank), [beat, CLOSED])
         except TransportError:
-            self._on_failure()  # without a control store nobody can be told; every wait here must still end
+            self._hear()  # without a control store nobody can be told; every wait here must still end
+
+    def _hear(self) -> None:
+        try:
+            self._on_failure()
+        except (
+            RuntimeError
+        ):  # a group that cannot be aborted must not end the pulse: that would name this rank as dead
+            _log.exception(
+                "rank %d could not abort all of its groups; what waits there ends at its deadline", self._rank
+            )
 
 
 def pulse_key(rank: int) -> str:

@@ -145,6 +145,17 @@ def test_a_watch_hears_of_a_failure_and_silence_is_seen(host):
     watch.close()
 
 
+def test_a_rank_that_cannot_abort_its_groups_is_not_taken_for_dead(host):
+    def stuck():
+        raise RuntimeError("this group does not end")
+
+    watch = Watch.start(host, 0, stuck)
+    host.fail("bulk", "gen 0", "x")
+    time.sleep(1.0)
+    assert silent_ranks(host, [0]) == ()
+    watch.close()
+
+
 def greeting(rank: int) -> str:
     if rank == 1:
         raise ValueError("process 1 does not greet")
