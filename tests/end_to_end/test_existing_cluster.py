@@ -25,6 +25,7 @@ pytestmark = [
 ]
 
 START_S = 120.0
+STATUS_S = 30.0  # Ray writes its status anew every 5 s
 RAY = Path(sys.executable).with_name("ray")
 JOB = ["+policy.nccl_xfer_refit=true", "grpo.steps=2", "refit.verify_every=1"]
 
@@ -54,8 +55,10 @@ def test_the_job_runs_on_a_cluster_by_address_and_leaves_it_up_and_empty(
     places = ["++cluster.policy_labels={zone:east}", "++cluster.generation_labels={zone:east}"]
     summary = run_job([*JOB, f"cluster.address={address}", *places], cluster, tmp_path)
     assert summary["weight_version"] == summary["audits"] == 2
-    status = ray(["status", "--address", address], cluster)
-    assert "0.0/8.0 CPU" in status, status
+    deadline_s = time.monotonic() + STATUS_S
+    while "0.0/8.0 CPU" not in (status := ray(["status", "--address", address], cluster)):
+        assert time.monotonic() < deadline_s, status
+        time.sleep(1.0)
 
 
 def test_without_the_clusters_token_the_job_names_the_address_and_the_way_out(
