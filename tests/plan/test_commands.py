@@ -129,7 +129,7 @@ def test_a_topology_shows_the_fan_out_inside_nodes_and_without_one_there_is_none
         (("simulate", *LAYOUT, "--picture", "/nowhere/at/all.svg"), "name another file"),
         (
             ("plan", "--model", "qwen3-4b", "--train", "tp=-1", "--gen", "tp=1"),
-            "tp='-1' must be a number in at most 7 digits",
+            "tp='-1' must be a whole number from 1 to 9999999",
         ),
         (
             (

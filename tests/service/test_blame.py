@@ -26,7 +26,7 @@ class Cramped(PlainReplica):
     """It joins the plan and has no room for its tables then."""
 
     def prepare_refit(self, init_info):
-        def no_room(*_):
+        def no_room(*_, **__):
             raise MemoryError("no room for the tables")
 
         endpoint.compile_stage = no_room

@@ -110,7 +110,7 @@ def await_that(condition):
 
 @pytest.mark.parametrize("step", ["params", "export"])
 def test_a_source_that_cannot_give_its_weights_ends_the_round_for_all_and_is_named(step, monkeypatch):
-    def broken(*_):
+    def broken(*_, **__):
         raise ValueError("weights went away")
 
     with Rounds(Receiver()) as rounds:
@@ -127,7 +127,7 @@ def test_a_rank_that_fails_after_its_groups_are_open_ends_prepare_for_all_and_cl
     close = Groups.close
     monkeypatch.setattr(Groups, "close", lambda groups: (closed.append(groups), close(groups)))
 
-    def broken(*_):
+    def broken(*_, **__):
         raise MemoryError("no room for the tables")
 
     monkeypatch.setattr(endpoint, "compile_stage", broken)

@@ -157,7 +157,7 @@ def _parse(text: str, mesh: type[TrainMesh] | type[GenMesh], side: str) -> dict[
 
 def _number(side: str, key: str, value: str) -> int:
     if not value.isascii() or not value.isdigit() or len(value) > 7:
-        raise ConfigError(f"{side} layout: {key}={value!r} must be a number in at most 7 digits")
+        raise ConfigError(f"{side} layout: {key}={value!r} must be a whole number from 1 to 9999999")
     return int(value)
 
 
