@@ -46,7 +46,7 @@ from refit.transfer.compiled import CompiledRound, compile_stage
 from refit.transfer.groups import Groups, open_group, open_groups
 from refit.transfer.lanes import run_lanes
 from refit.transfer.memory import torch_dtype
-from refit.transfer.protocol import PROCESS_GROUP, TCP
+from refit.transfer.protocol import AUTO, PROCESS_GROUP, TCP
 from refit.transfer.rendezvous import ControlStore
 from refit.transfer.report import BulkReport
 from refit.transfer.transports.seam import Parcel
@@ -77,7 +77,7 @@ class Case:
     train: str
     gen: str
     bucket_bytes: int
-    transport: str = PROCESS_GROUP
+    transport: str = AUTO
 
 
 def dense(layers: int, hidden: int, vocab: int) -> dict[str, object]:
@@ -129,7 +129,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, object]:
     parser.add_argument("--without-mcore", action="store_true")
     parser.add_argument("--only-ours", action="store_true")
     parser.add_argument("--cases", nargs="*", help="names of cases to run (default: all)")
-    parser.add_argument("--transport", choices=(PROCESS_GROUP, TCP), default=PROCESS_GROUP, help="of p2p")
+    parser.add_argument("--transport", choices=(AUTO, PROCESS_GROUP, TCP), default=AUTO, help="of p2p")
     options = parser.parse_args(argv)
     cases = TINY if options.tiny else CASES
     cases = tuple(replace(case, transport=options.transport) for case in cases)

@@ -26,7 +26,7 @@ from refit.chaos.judge import Outcome, table_of
 from refit.service.cluster import ENVIRONMENT, LEAVE_S, start_ray
 from refit.service.config import JobConfig
 from refit.service.processes import end_processes
-from refit.transfer.protocol import PROCESS_GROUP, TCP
+from refit.transfer.protocol import AUTO, TRANSPORTS
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -107,7 +107,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--replicas", type=int, default=3)
     parser.add_argument("--timeout-s", type=float, default=6.0, help="the deadline of one refit")
-    parser.add_argument("--transport", choices=(PROCESS_GROUP, TCP), default=PROCESS_GROUP, help="of bulk")
+    parser.add_argument("--transport", choices=TRANSPORTS, default=AUTO, help="of bulk")
     parser.add_argument("--run-dir", type=Path, default=Path("runs/chaos"), help="logs and outcomes.jsonl")
     return parser
 

@@ -21,14 +21,14 @@ from refit.service.record import REFITS_FILE, RunRecord
 from refit.service.rounds import settle_s
 from refit.service.waiting import collect
 from refit.transfer.errors import Failure, RefitFailed, TransportError
-from refit.transfer.protocol import PROCESS_GROUP
+from refit.transfer.protocol import AUTO
 
 FULL_CREW_S = 300.0
 NUM_TRAINERS = 2
 BUCKET_BYTES = 64 * 1024
 
 
-def config_of(num_replicas: int, timeout_s: float, transport: str = PROCESS_GROUP) -> JobConfig:
+def config_of(num_replicas: int, timeout_s: float, transport: str = AUTO) -> JobConfig:
     """The job that the service believes to run; `transport` carries bulk."""
     return JobConfig(
         policy=PolicyConfig(pipeline_parallel=NUM_TRAINERS, nccl_xfer_refit=True),

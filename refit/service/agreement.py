@@ -15,10 +15,10 @@ from refit.plan import Manifest, Plan, PlanOptions, build_plan, decode_rank_mani
 from refit.plan.errors import PlanError
 from refit.transfer.errors import TransportError
 from refit.transfer.protocol import (
+    AUTO,
     GO,
     INPUTS,
     OK,
-    PROCESS_GROUP,
     FinishReport,
     Inputs,
     describe_key,
@@ -44,7 +44,7 @@ class Terms:
     bulk: str
     num_streams: int
     timeout_s: float
-    transport: str = PROCESS_GROUP
+    transport: str = AUTO
 
 
 @dataclass(frozen=True, slots=True, order=True)

@@ -138,7 +138,7 @@ class RefitConfig:
     """
 
     backend: str = "gloo"
-    transport: str = "process_group"
+    transport: str = "auto"
     bulk: str = "p2p"
     buffer_bytes: int = 64 * 2**20
     num_streams: int | None = None

@@ -2,7 +2,7 @@
 
 One group per trainer stage (its trainers and all generators) and one for misc (trainer 0 and all generators). Each has
 its own connections, so threads that run different stages never share one. Bulk parcels may go another way than the
-process group, by `transport`; broadcasts and the golden path use the process group.
+process group, by `transport`; by default beside gloo they do. Broadcasts and the golden path use the process group.
 """
 
 import ipaddress
@@ -18,7 +18,7 @@ from torch._C._distributed_c10d import BroadcastOptions, ProcessGroup, ProcessGr
 from refit.plan import ConfigError, Plan
 from refit.transfer.bounded import BoundedCalls
 from refit.transfer.errors import TransportError, take_all
-from refit.transfer.protocol import CUDA_IPC, NIXL, PROCESS_GROUP, TCP, TRANSPORTS
+from refit.transfer.protocol import AUTO, CUDA_IPC, NIXL, PROCESS_GROUP, TCP, TRANSPORTS
 from refit.transfer.rendezvous import ANSWER_S, ControlStore
 from refit.transfer.transports import ipc_link, nixl_link, tcp_links
 from refit.transfer.transports.seam import ProcessGroupTransport, Transport, wait_for_work
@@ -101,14 +101,17 @@ def open_groups(
     plan: Plan,
     backend: str,
     timeout_s: float,
-    transport: str = PROCESS_GROUP,
+    transport: str = AUTO,
 ) -> Groups:
     """Open this rank's groups. Collective over their members. Raises TransportError at the deadline.
 
-    `backend` makes the process groups, `transport` says what carries bulk: one of TRANSPORTS.
+    `backend` makes the process groups, `transport` says what carries bulk: one of TRANSPORTS. AUTO is TCP beside gloo,
+    which asks before each parcel and takes packed bytes only, and the process group with NCCL.
     """
     if backend not in BACKENDS:
         raise ConfigError(f"refit.backend is {backend!r}; it can be one of {', '.join(BACKENDS)}")
+    if transport == AUTO:
+        transport = TCP if backend == "gloo" else PROCESS_GROUP
     deadline = time.monotonic() + timeout_s
     stages: dict[int, Group] = {}
     misc_ranks = (0, *range(plan.num_train, plan.num_train + plan.num_gen))

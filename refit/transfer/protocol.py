@@ -26,8 +26,8 @@ INPUTS = "prepare/inputs"
 GO = "prepare/go"
 OK = {"ok": True}
 P2P, GOLDEN = "p2p", "golden"
-PROCESS_GROUP, TCP, NIXL, CUDA_IPC = "process_group", "tcp", "nixl", "cuda_ipc"
-TRANSPORTS = (PROCESS_GROUP, TCP, NIXL, CUDA_IPC)
+AUTO, PROCESS_GROUP, TCP, NIXL, CUDA_IPC = "auto", "process_group", "tcp", "nixl", "cuda_ipc"
+TRANSPORTS = (AUTO, PROCESS_GROUP, TCP, NIXL, CUDA_IPC)
 
 
 def describe_key(side: str, rank: int) -> str:
@@ -76,7 +76,7 @@ class Inputs:
     num_streams: int
     timeout_s: float
     digest: str
-    transport: str = PROCESS_GROUP
+    transport: str = AUTO
 
     def __post_init__(self) -> None:
         if self.transport not in TRANSPORTS:

@@ -48,6 +48,7 @@ LIMIT_S = 120.0
 
 def arm(actor: Any, place: str, kind: str) -> None:
     """In the engine's process: the next call of one step of the refit is struck, once."""
+    import ctypes
     import os
     import signal
     import threading
@@ -56,9 +57,9 @@ def arm(actor: Any, place: str, kind: str) -> None:
     from refit.gen_side.engine import RefitWeightTransferEngine
     from refit.gen_side.staging import Staging
     from refit.transfer.endpoint import Endpoint
-    from refit.transfer.transports.seam import ProcessGroupTransport
+    from refit.transfer.transports.tcp import TcpTransport
 
-    owners = {"commit": Staging, "decide": RefitWeightTransferEngine, "wait": ProcessGroupTransport}
+    owners = {"commit": Staging, "decide": RefitWeightTransferEngine, "wait": TcpTransport}
     owner = owners.get(place, Endpoint)
     original = getattr(owner, place)
 
@@ -75,8 +76,8 @@ def arm(actor: Any, place: str, kind: str) -> None:
                 raise ValueError("a test breaks this engine")
         answer = original(self, *args, **kwargs)
         if kind == "corrupt":
-            received = next(one.parcel.payload for one in args[0] if one.direction == "receive")
-            received[0] ^= 1
+            received = next(one.parcel for one in args[0] if one.direction == "receive")
+            ctypes.c_uint8.from_address(int(received.places()[0, 0])).value ^= 1
         return answer
 
     setattr(owner, place, struck)
@@ -87,9 +88,9 @@ def has_struck(actor: Any, place: str) -> bool:
     from refit.gen_side.engine import RefitWeightTransferEngine
     from refit.gen_side.staging import Staging
     from refit.transfer.endpoint import Endpoint
-    from refit.transfer.transports.seam import ProcessGroupTransport
+    from refit.transfer.transports.tcp import TcpTransport
 
-    owners = {"commit": Staging, "decide": RefitWeightTransferEngine, "wait": ProcessGroupTransport}
+    owners = {"commit": Staging, "decide": RefitWeightTransferEngine, "wait": TcpTransport}
     owner = owners.get(place, Endpoint)
     return getattr(owner, place).__name__ != "struck"
 

@@ -99,11 +99,11 @@ REFUSALS = [
     (["refit.backend=mpi"], ["refit.backend = 'mpi'", "Use one of gloo, nccl"]),
     (
         ["refit.transport=carrier_pigeon"],
-        ["refit.transport = 'carrier_pigeon'", "process_group, tcp, nixl, cuda_ipc"],
+        ["refit.transport = 'carrier_pigeon'", "auto, process_group, tcp, nixl, cuda_ipc"],
     ),
     (
         ["refit.transport=tcp", "refit.backend=nccl"],
-        ["refit.transport = 'tcp'", "they are on GPUs", "Use process_group"],
+        ["refit.transport = 'tcp'", "they are on GPUs", "Use auto"],
     ),
     (["refit.transport=cuda_ipc"], ["refit.transport = 'cuda_ipc'", "no CUDA device to share"]),
     (["refit.bulk=m2n"], ["refit.bulk = 'm2n'", "Use one of p2p, golden"]),

@@ -2,11 +2,11 @@
 
 from refit.plan import Manifest, PlanOptions, build_plan, decode_rank_manifest
 from refit.transfer.protocol import (
+    AUTO,
     GO,
     INPUTS,
     OK,
     P2P,
-    PROCESS_GROUP,
     Inputs,
     RefitReport,
     decision_key,
@@ -29,7 +29,7 @@ def prepare(
     bulk: str = P2P,
     num_streams: int = 2,
     timeout_s: float = 30.0,
-    transport: str = PROCESS_GROUP,
+    transport: str = AUTO,
 ) -> None:
     """Lead `num_train + num_gen` endpoints through prepare. `timeout_s` is the one of the refits to come."""
     sides = []

@@ -8,7 +8,7 @@ import pytest
 
 from refit.plan import PlanOptions, build_plan
 from refit.transfer.endpoint import Endpoint, misc_specs
-from refit.transfer.protocol import GOLDEN, NIXL, P2P, PROCESS_GROUP, TCP
+from refit.transfer.protocol import AUTO, GOLDEN, NIXL, P2P, PROCESS_GROUP
 from refit.transfer.rendezvous import ControlStore
 from tests.processes import Processes
 from tests.transfer import coordinator
@@ -72,7 +72,7 @@ def _misc(endpoint: Endpoint, case: Case, seed: int, version: int) -> None:
 def run_refits(
     runs: list[tuple[str, int, Case, int]],
     bulk_of_run: dict[str, str],
-    transport: str = PROCESS_GROUP,
+    transport: str = AUTO,
     life: Callable[..., object] = refit_rank,
 ) -> list[list[int]]:
     case = runs[0][2]
@@ -123,8 +123,8 @@ def test_three_trainers_feed_three_generators_in_many_small_rounds():
     run_refits(runs, {run_id: P2P for run_id, _, _, _ in runs})
 
 
-@pytest.mark.parametrize("transport", [TCP, NIXL])
-def test_a_refit_whose_bulk_goes_beside_the_groups_leaves_the_planned_bits_over_three_versions(transport):
+@pytest.mark.parametrize("transport", [PROCESS_GROUP, NIXL])
+def test_a_refit_leaves_the_planned_bits_over_three_versions_whatever_carries_bulk(transport):
     runs = [(f"{transport}-{seed}", seed, make_case(seed), NUM_VERSIONS) for seed in (0, 3)]
     golden = (f"{transport}-golden", 4, make_case(4), 1)
     run_refits([*runs, golden], {**{run[0]: P2P for run in runs}, golden[0]: GOLDEN}, transport)

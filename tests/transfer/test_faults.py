@@ -14,7 +14,7 @@ from refit.plan import PlanOptions
 from refit.transfer.endpoint import Endpoint, report_failure
 from refit.transfer.errors import RefitFailed, TransportError
 from refit.transfer.groups import open_group
-from refit.transfer.protocol import NIXL, PROCESS_GROUP
+from refit.transfer.protocol import AUTO, NIXL, PROCESS_GROUP
 from refit.transfer.rendezvous import ControlStore
 from tests.processes import Processes
 from tests.transfer import coordinator
@@ -117,9 +117,7 @@ def _break_in_round(endpoint: Endpoint, fault: _Fault) -> None:
         transport.post = counted
 
 
-def run_fault(
-    victim: int, kind: str, phase: str, transport: str = PROCESS_GROUP
-) -> dict[int, tuple[float, str]]:
+def run_fault(victim: int, kind: str, phase: str, transport: str = AUTO) -> dict[int, tuple[float, str]]:
     case = make_case(CASE_SEED, num_tensors=16, largest_dim=64)
     case = Case(case.train, case.gen, PlanOptions(4096, 16, case.options.whitelist))
     host = ControlStore.host()
@@ -178,8 +176,9 @@ def test_every_survivor_of_a_refit_by_one_sided_reads_names_the_lost_rank_in_tim
 @pytest.mark.parametrize("phase", PHASES)
 @pytest.mark.parametrize("kind", ["kill", "stop", "raise"])
 @pytest.mark.parametrize(("victim", "name"), [(0, "train 0"), (1, "train 1"), (3, "gen 1")])
-def test_every_survivor_names_the_lost_rank_in_time_whatever_the_fault(victim, name, kind, phase):
-    require_named(name, run_fault(victim, kind, phase))
+@pytest.mark.parametrize("transport", [AUTO, PROCESS_GROUP])
+def test_every_survivor_names_the_lost_rank_in_time_whatever_the_fault(transport, victim, name, kind, phase):
+    require_named(name, run_fault(victim, kind, phase, transport))
 
 
 def require_only_blamed(victim: int, name: str, found: dict[int, tuple[float, str]]) -> None:
@@ -198,8 +197,9 @@ def test_every_rank_blames_the_one_whose_connections_closed(victim, name):
 @pytest.mark.slow
 @pytest.mark.parametrize("phase", ["bulk", "round"])
 @pytest.mark.parametrize(("victim", "name"), [(0, "train 0"), (1, "train 1"), (2, "gen 0"), (3, "gen 1")])
-def test_every_rank_blames_the_one_whose_connections_closed_in_each_phase(victim, name, phase):
-    require_only_blamed(victim, name, run_fault(victim, "socket", phase))
+@pytest.mark.parametrize("transport", [AUTO, PROCESS_GROUP])
+def test_every_rank_blames_the_one_whose_connections_closed_in_each_phase(transport, victim, name, phase):
+    require_only_blamed(victim, name, run_fault(victim, "socket", phase, transport))
 
 
 @pytest.mark.slow

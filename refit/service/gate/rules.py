@@ -313,15 +313,15 @@ def _generator_experts(case: Case) -> Iterator[Violation]:
 def machine(case: Case) -> Iterator[Violation]:
     """Ports, packages, devices and memory of this machine. Those of an existing cluster are Ray's to judge."""
     if case.config.refit.transport == NIXL and not case.environment.has_nixl:
-        remedy = "Install nixl and nixl-cu13, or use process_group"
+        remedy = "Install nixl and nixl-cu13, or use auto"
         yield Violation("refit.transport", NIXL, "the package nixl is not installed", remedy)
     if case.config.refit.transport == CUDA_IPC and case.on_cpu:
-        remedy = "Use process_group or nixl"
+        remedy = "Use auto or nixl"
         yield Violation("refit.transport", CUDA_IPC, "this machine has no CUDA device to share", remedy)
     cluster, backend = case.config.cluster, case.config.refit.backend
     if case.config.refit.transport == TCP and backend == "nccl":
         problem = "it takes weights in host memory, and with refit.backend=nccl they are on GPUs"
-        yield Violation("refit.transport", TCP, problem, "Use process_group")
+        yield Violation("refit.transport", TCP, problem, "Use auto")
     if cluster.port in case.environment.taken_ports:
         remedy = "Choose another, or 0 for any free one"
         yield Violation("cluster.port", cluster.port, "another process listens on it", remedy)

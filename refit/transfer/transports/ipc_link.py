@@ -78,7 +78,7 @@ class CudaMemory:
     def describe(self, payload: Tensor) -> bytes:
         if not payload.is_cuda:
             raise TransportError(
-                "refit.transport is 'cuda_ipc', but a payload lies in host memory; use process_group or nixl"
+                "refit.transport is 'cuda_ipc', but a payload lies in host memory; use auto or nixl"
             )
         facts = payload.untyped_storage()._share_cuda_()  # type: ignore[no-untyped-call]
         plain = [fact.hex() if isinstance(fact, bytes) else fact for fact in facts[1:]]

@@ -98,7 +98,7 @@ def _meet(
         if found[0] != here:
             raise TransportError(
                 f"rank {rank} is on {here}, rank {peer} on {found[0]}; they can share no memory, "
-                "use refit.transport=process_group or nixl"
+                "use refit.transport=auto or nixl"
             )
         peers[peer] = found[1]
     return peers

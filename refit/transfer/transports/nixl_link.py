@@ -166,7 +166,7 @@ def _agent(name: str, address: str) -> Any:
     except ImportError as error:
         raise ConfigError(
             f"refit.transport is 'nixl', but the package nixl cannot be imported ({error}); install nixl with the "
-            f"wheel of your CUDA version (nixl-cu13), or use refit.transport=process_group"
+            f"wheel of your CUDA version (nixl-cu13), or use refit.transport=auto"
         ) from error
     return _call(f"make agent {name!r}", nixl_agent, name, nixl_agent_config(backends=["UCX"]))
 
