@@ -41,7 +41,7 @@ from refit.transfer.digest import whole_digest
 from refit.transfer.errors import Failure, RefitFailed, TransportError
 from refit.transfer.groups import Groups, open_groups
 from refit.transfer.lanes import run_lanes
-from refit.transfer.memory import require_params, torch_dtype
+from refit.transfer.memory import DescribedParams, torch_dtype
 from refit.transfer.protocol import (
     GO,
     GOLDEN,
@@ -86,6 +86,7 @@ class Endpoint:
         self.plan = plan
         self.rank = joint_rank(manifest, plan)
         self.who = who(manifest)
+        self._described = DescribedParams(manifest.params, self.who)
         dtypes = {spec.name: spec.dtype for spec in manifest.params}
         self._stages = [
             compile_stage(
@@ -158,7 +159,7 @@ class Endpoint:
         """Move the bulk tensors between `params`, the live memory by ParamSpec name, of all ranks."""
         mover = golden.move_stage if self._inputs.bulk == GOLDEN else bulk.move_stage
         with self.phase("bulk"):
-            require_params(self._manifest.params, params, self.who)
+            self._described.require(params)
             jobs = [
                 StageJob(
                     self.plan,

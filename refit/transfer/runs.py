@@ -9,7 +9,7 @@ from array import array
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from operator import lt
+from operator import call, is_, lt
 from typing import TYPE_CHECKING, Protocol
 from weakref import ref
 
@@ -139,24 +139,19 @@ class RunsInMaking:
 
 
 class Seen:
-    """Params that a refit before this one looked at: which tensors, while all of them live, and where they began."""
+    """Params that a refit before this one looked at: which tensors, as long as they live, and where they began."""
 
     def __init__(self, tensors: Sequence[Tensor], pointers: "array[int]") -> None:
-        self._are_alive = True
-        self._watched = tuple(ref(tensor, self._forget) for tensor in tensors)
-        self._ids = _ids(tensors)
+        self._watched = tuple(map(ref, tensors))
         self._pointers = pointers.tobytes()
 
-    def _forget(self, _: "ref[Tensor]") -> None:
-        self._are_alive = False  # another tensor may get the same id from now on
-
     def are(self, tensors: Sequence[Tensor], pointers: "array[int]") -> bool:
-        """True if they are the same tensors at the same addresses. Touches none: each would be a cache miss."""
-        return self._are_alive and self._pointers == pointers.tobytes() and self._ids == _ids(tensors)
+        """True if they are the same tensors at the same addresses.
 
-
-def _ids(tensors: Sequence[Tensor]) -> bytes:
-    return array("Q", list(map(id, tensors))).tobytes()
+        Weak references, not ids: these may be given anew, and where anybody has set an audit hook (filelock does),
+        each `id` calls it.
+        """
+        return self._pointers == pointers.tobytes() and all(map(is_, tensors, map(call, self._watched)))
 
 
 class LiveParams:
@@ -176,7 +171,7 @@ class LiveParams:
         self._params = params
         self._bits: dict[str, Tensor] = {}
         tensors = list(map(params.__getitem__, dtypes))
-        pointers = array("q", list(map(Tensor.data_ptr, tensors)))
+        pointers = array("q", map(Tensor.data_ptr, tensors))
         if seen is None or not seen.are(tensors, pointers):
             _require_all(tensors, dtypes, reach_bytes)
             seen = Seen(tensors, pointers)

@@ -15,7 +15,7 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from refit.plan import Holding, ParamSpec, PlanOptions, RankManifest, Region, TensorSpec
 from refit.transfer.endpoint import Endpoint
 from refit.transfer.errors import TransportError
-from refit.transfer.memory import require_params
+from refit.transfer.memory import DescribedParams
 from refit.transfer.rendezvous import ControlStore
 from refit.transfer.source import ModelSource, send_version
 from tests.processes import Processes
@@ -181,14 +181,14 @@ def test_a_source_sends_what_its_parameters_hold_now_and_knows_only_its_own_name
 def test_memory_that_is_laid_out_anew_after_it_was_described_is_refused():
     layer = nn.Linear(3, 2, bias=False)
     source = ModelSource.of_model(layer)
-    described = source.describe().params
-    require_params(described, source.params(), "trainer 0")
+    described = DescribedParams(source.describe().params, "trainer 0")
+    described.require(source.params())
     layer.weight.data = layer.weight.data.t().contiguous().t()  # shape, dtype and values as before
     with pytest.raises(TransportError, match=r"'weight' of trainer 0 has strides \(1, 2\), .* row-major"):
-        require_params(described, source.params(), "trainer 0")
+        described.require(source.params())
     anew = source.describe().params
     assert anew[0].strides == (1, 2)
-    require_params(anew, source.params(), "trainer 0")
+    DescribedParams(anew, "trainer 0").require(source.params())
     layer.weight.data = layer.weight.data.contiguous()
     with pytest.raises(TransportError, match=r"has strides \(3, 1\), .* \(1, 2\)"):
-        require_params(anew, source.params(), "trainer 0")
+        DescribedParams(anew, "trainer 0").require(source.params())
