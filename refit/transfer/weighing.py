@@ -1,13 +1,12 @@
-"""Digests of whole parcels: equal boxes that lie at equal distances are weighed in one product.
+"""Digests of whole parcels: equal boxes that lie at equal distances are weighed in one call.
 
-A parcel holds its segments row-major and 16-byte aligned. Where a segment is made of whole 64-bit words, its digest is
-one vector product over contiguous words, with weights that depend on the box alone. Layers and experts repeat, so in a
-parcel the same box comes again and again at a constant distance: all of these are one matrix-vector product, read in
-place. A dim of size one only scales: experts share their weights.
-
-What a stage keeps of weights: at most KEPT_BYTES in products of a whole box, and the separable weights of the others.
+A parcel holds its segments row-major and 16-byte aligned. Where a segment is made of whole 64-bit words, it is a matrix
+of rows by words: its digest is the products of its rows with the weights of the last dim, summed up with weights of
+the rows. Layers and experts repeat, so in a parcel the same box comes again and again at a constant distance: all of
+these are one call over memory that is read in place. A dim of size one only scales: experts share their weights.
 """
 
+import importlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,12 +16,10 @@ import torch
 from torch import Tensor
 
 from refit.plan import Region, Segment
-from refit.transfer.digest import CHUNK_ELEMENTS, WORD_BYTES, Weighing, digest, dot, row_products, signed
+from refit.transfer.digest import CHUNK_ELEMENTS, FOLD_BITS, WORD_BYTES, Weighing, digest, signed
 from refit.transfer.memory import bits_dtype, torch_dtype
 
-KEPT_BYTES = 8 << 20
 FREE_BYTES = 16 << 10  # weights of one box up to this size are kept however small the box
-KEPT_WORDS = 1 << 14  # a larger box spends its time in arithmetic anyway: 128 KiB take 10 us
 
 
 class HasBox(Protocol):
@@ -38,30 +35,41 @@ class HasBox(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Chain:
-    """`count` boxes of equal weights, `stride` words apart; `scales` and `sums` hold one number per box.
+    """Equal boxes, `stride` words apart; each is a matrix of rows by words, `weights` those of words.
 
-    The box is a matrix of rows by words: `weights` are the products of all dims (`row_weights` None), or those of the
-    words, with `row_weights` those of the rows.
+    One number per box: it is scaled by `scales`, `ones` is what its `+ 1`s add, and `sum_indexes` which sum it adds to.
     """
 
     first_word: int
-    count: int
     stride: int
     weights: Tensor
-    row_weights: Tensor | None
+    row_weights: Tensor
     scales: Tensor
+    ones: Tensor
+    sum_indexes: Tensor
 
-    def partials(self, words: Tensor) -> Tensor:
-        """One wrapped int64 per box."""
-        size = self.weights.numel()
-        if self.row_weights is None:
-            boxes = words.as_strided(
-                (self.count, size), (self.stride, 1), words.storage_offset() + self.first_word
-            )
-            return row_products(boxes, self.weights) * self.scales
-        rows = self.row_weights.numel()
-        box = words.as_strided((rows, size), (size, 1), words.storage_offset() + self.first_word)
-        return dot(row_products(box, self.weights).view(1, rows), self.row_weights) * self.scales
+    @property
+    def count(self) -> int:
+        return self.scales.numel()
+
+    def add(self, words: Tensor, sums: Tensor) -> None:
+        """Add the digests of the boxes to the sums, wrapped int64."""
+        if words.is_cuda:
+            sums.index_add_(0, self.sum_indexes, self.digests(words))
+            return
+        from refit.transfer.kernels.words import weigh_boxes
+
+        per_box = (self.scales.numpy(), self.ones.numpy(), self.sum_indexes.numpy())
+        weights = (self.weights.numpy(), self.row_weights.numpy())
+        weigh_boxes(words.numpy(), self.first_word, self.stride, *weights, *per_box, sums.numpy())
+
+    def digests(self, words: Tensor) -> Tensor:
+        """One wrapped int64 per box, by torch: for devices that torch alone knows."""
+        rows, size = self.row_weights.numel(), self.weights.numel()
+        start = words.storage_offset() + self.first_word
+        boxes = words.as_strided((self.count, rows, size), (self.stride, size, 1), start)
+        of_rows = ((boxes + (boxes >> FOLD_BITS)) * self.weights).sum(-1)
+        return (of_rows * self.row_weights).sum(-1) * self.scales + self.ones
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,14 +96,11 @@ class Odd:
 class ParcelWeighing:
     """What the digests of one parcel need besides its bytes.
 
-    `sum_indexes` and `ones`, box by box in the order of the chains: which sum it adds to, and what its `+ 1`s add.
     `alone`: the only segment of a parcel, for the cases that it is weighed where it lies in its param, or in a param
     that is not aligned to words.
     """
 
     chains: tuple[Chain, ...]
-    sum_indexes: Tensor
-    ones: Tensor
     odd: tuple[Odd, ...]
     alone: Odd | None
 
@@ -107,8 +112,8 @@ class ParcelWeighing:
             return
         if self.chains:
             words = payload[: payload.numel() // WORD_BYTES * WORD_BYTES].view(torch.int64)
-            partials = torch.cat([chain.partials(words) for chain in self.chains])
-            sums.index_add_(0, self.sum_indexes, partials.add_(self.ones))
+            for chain in self.chains:
+                chain.add(words, sums)
         for odd in self.odd:
             odd.add(payload, sums)
 
@@ -120,8 +125,11 @@ class WeighingInMaking:
         self._shapes = shapes
         self._device = device
         self._indexes: dict[tuple[str, int], int] = {}
-        self._weights: dict[object, tuple[Tensor, Tensor | None]] = {}
-        self._kept_bytes = 0
+        self._weights: dict[object, tuple[Tensor, Tensor]] = {}
+        if device.type == "cpu":
+            importlib.import_module(
+                "refit.transfer.kernels.words"
+            )  # compiles now what a refit must not wait for
 
     @property
     def sums(self) -> tuple[tuple[str, int], ...]:
@@ -142,22 +150,22 @@ class WeighingInMaking:
             else:
                 key, place = self._weigh(move, index)
                 places.setdefault(key, []).append(place)
-        chains: list[Chain] = []
-        summed: list[_Place] = []
-        for key, found in places.items():
-            for chain in _chains(found, self._weights[key][1] is None):
-                chains.append(self._chain(chain, key))
-                summed.extend(chain)
-        indexes = self._numbers([place.sum_index for place in summed])
-        ones = self._numbers([place.ones for place in summed])
-        alone = self._odd(moves[0], (odd or summed)[0].sum_index) if len(moves) == 1 else None
-        return ParcelWeighing(tuple(chains), indexes, ones, tuple(odd), alone)
+        chains = [self._chain(chain, key) for key, found in places.items() for chain in _chains(found)]
+        first = moves[0]
+        alone = self._odd(first, self.index(first.segment.tensor, dst_rank)) if len(moves) == 1 else None
+        return ParcelWeighing(tuple(chains), tuple(odd), alone)
 
     def _chain(self, places: Sequence["_Place"], key: object) -> Chain:
         weights, row_weights = self._weights[key]
-        stride = places[1].word - places[0].word if len(places) > 1 else weights.numel()
-        scales = self._numbers([place.scale for place in places])
-        return Chain(places[0].word, len(places), stride, weights, row_weights, scales)
+        return Chain(
+            places[0].word,
+            places[1].word - places[0].word if len(places) > 1 else 0,
+            weights,
+            row_weights,
+            self._numbers([place.scale for place in places]),
+            self._numbers([place.ones for place in places]),
+            self._numbers([place.sum_index for place in places]),
+        )
 
     def _numbers(self, values: Sequence[int]) -> Tensor:
         return torch.tensor(values, dtype=torch.int64, device=self._device)
@@ -194,14 +202,10 @@ class WeighingInMaking:
         scale = signed(math.prod(int(weight.item()) for weight in ones))
         return key, _Place(move.start_byte // WORD_BYTES, scale, index, signed(weighing.ones))
 
-    def _made(self, outer: Sequence[Tensor], last: Tensor) -> tuple[Tensor, Tensor | None]:
+    def _made(self, outer: Sequence[Tensor], last: Tensor) -> tuple[Tensor, Tensor]:
         rows = torch.ones(1, dtype=torch.int64, device=self._device)
         for weights in outer:
             rows = (rows[:, None] * weights).reshape(-1)
-        num_words = rows.numel() * last.numel()
-        if num_words <= KEPT_WORDS and self._kept_bytes + num_words * WORD_BYTES <= KEPT_BYTES:
-            self._kept_bytes += num_words * WORD_BYTES
-            return (rows[:, None] * last).reshape(-1), None
         return last, rows
 
 
@@ -215,14 +219,12 @@ class _Place:
     ones: int
 
 
-def _chains(places: Sequence[_Place], can_join: bool) -> list[list[_Place]]:
+def _chains(places: Sequence[_Place]) -> list[list[_Place]]:
     """Cut places, in the order of their words, where the distance to the next one changes."""
     found: list[list[_Place]] = []
     for place in places:
         chain = found[-1] if found else []
-        if can_join and (
-            len(chain) == 1 or (chain and place.word - chain[-1].word == chain[1].word - chain[0].word)
-        ):
+        if len(chain) == 1 or (chain and place.word - chain[-1].word == chain[1].word - chain[0].word):
             chain.append(place)
         else:
             found.append([place])

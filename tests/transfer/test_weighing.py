@@ -1,14 +1,16 @@
 """The digest of a parcel is the sum of the digests of its segments, however it is worked out."""
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from refit.plan import Region, Segment
-from refit.transfer import weighing as weighing_module
 from refit.transfer.compiled import Move
 from refit.transfer.digest import MASK, digest
+from refit.transfer.kernels import words as words_module
 from refit.transfer.memory import bits_dtype, torch_dtype
 from refit.transfer.runs import row_major
 from refit.transfer.weighing import WeighingInMaking
@@ -64,13 +66,11 @@ def parcels(draw: st.DrawFn) -> tuple[list[tuple[str, Region, str]], dict[str, t
 
 
 @settings(max_examples=120, deadline=None)
-@given(parcels(), st.sampled_from([0, 1 << 14]), st.integers(0, 1 << 20))
-def test_a_parcel_weighs_as_much_as_its_segments(parcel, kept_words, seed):
+@given(parcels(), st.integers(0, 1 << 20))
+def test_a_parcel_weighs_as_much_as_its_segments(parcel, seed):
     boxes, shapes = parcel
     torch.manual_seed(seed)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(weighing_module, "KEPT_WORDS", kept_words)
-        require_right_sums(moves_of(boxes), shapes)
+    require_right_sums(moves_of(boxes), shapes)
 
 
 def test_layers_that_repeat_are_weighed_in_one_product_per_kind_of_box():
@@ -114,14 +114,26 @@ def test_weights_of_a_box_that_is_one_long_row_are_not_kept():
     require_right_sums(moves_of([("t", region, "bfloat16")]), {"t": (1 << 17,)})
 
 
-def test_kept_products_of_a_stage_are_bounded(monkeypatch):
-    monkeypatch.setattr(weighing_module, "KEPT_BYTES", 1 << 12)
-    boxes = [(f"t{i}", Region((i, 0), (i + 8, 64)), "bfloat16") for i in range(12)]
-    shapes = {name: (64, 64) for name, _, _ in boxes}
-    weighing = WeighingInMaking(shapes, CPU).of(moves_of(boxes), 0)
-    products = [chain for chain in weighing.chains if chain.row_weights is None]
-    assert sum(chain.weights.nbytes for chain in products) == 1 << 12
-    require_right_sums(moves_of(boxes), shapes)
+def test_torch_weighs_a_chain_of_matrices_as_the_compiled_loop_does():
+    boxes = [(f"t{i}", Region((i, 0), (i + 8, 64)), "bfloat16") for i in (3, 3, 3)]
+    moves = moves_of([(f"{name}{number}", *box) for number, (name, *box) in enumerate(boxes)], gap=4096)
+    making = WeighingInMaking({move.segment.tensor: (64, 64) for move in moves}, CPU)
+    (chain,) = making.of(moves, 0).chains
+    assert chain.count == 3 and chain.row_weights.numel() == 8 and chain.stride == 512
+    words = torch.randint(-(2**63), 2**63 - 1, (3 * 512,), dtype=torch.int64)
+    sums = torch.tensor([1, 2, 3], dtype=torch.int64)
+    chain.add(words, sums)
+    assert torch.equal(sums, torch.tensor([1, 2, 3]) + chain.digests(words))
+
+
+def test_a_loop_that_numba_finds_no_folder_for_is_compiled_all_the_same():
+    made: dict[str, Any] = {}
+    exec("def double(of, found):\n    found[0] = 2 * of[0]", made)  # no file, so nothing to keep it beside
+    found = torch.zeros(1, dtype=torch.int64)
+    words_module._compiled(made["double"], "int64[::1]", "int64[::1]")(
+        torch.ones(1, dtype=torch.int64).numpy(), found.numpy()
+    )
+    assert found.item() == 2
 
 
 @pytest.mark.parametrize(
