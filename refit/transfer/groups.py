@@ -21,7 +21,8 @@ from refit.transfer.errors import TransportError, take_all
 from refit.transfer.protocol import AUTO, CUDA_IPC, NIXL, PROCESS_GROUP, TCP, TRANSPORTS
 from refit.transfer.rendezvous import ANSWER_S, ControlStore
 from refit.transfer.transports import ipc_link, nixl_link, tcp_links
-from refit.transfer.transports.seam import ProcessGroupTransport, Transport, wait_for_work
+from refit.transfer.transports.process_group import ProcessGroupTransport, wait_for_work
+from refit.transfer.transports.seam import Transport
 
 BACKENDS = ("gloo", "nccl")
 MISC = "misc"
