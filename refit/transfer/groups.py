@@ -2,7 +2,8 @@
 
 One group per trainer stage (its trainers and all generators) and one for misc (trainer 0 and all generators). Each has
 its own connections, so threads that run different stages never share one. Bulk parcels may go another way than the
-process group, by `transport`; by default beside gloo they do. Broadcasts and the golden path use the process group.
+process group, by `transport`; by default beside gloo they do, those that the golden path gathers too. Broadcasts, and
+so its fan-out, stay on the process group.
 """
 
 import ipaddress
