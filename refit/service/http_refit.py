@@ -115,7 +115,7 @@ class HttpRefit:
         """
         workers = [engine.num_workers() for engine in engines]
         terms = Terms(num_train, sum(workers), options or PlanOptions(), backend, P2P, 2, timeout_s)
-        control = ControlStore.host(address, port, run_id or secrets.token_hex(8))
+        control = ControlStore.host(address, port, run_id or secrets.token_hex(8), timeout_s)
         return cls(control, engines, terms, workers, pause)
 
     @property
