@@ -22,7 +22,7 @@ pytestmark = [
     pytest.mark.vllm,
     pytest.mark.megatron,
     pytest.mark.slow,
-    pytest.mark.timeout(900),
+    pytest.mark.timeout(1800),
 ]
 
 PROMPTS = tuple(tuple(range(40 + k, 44 + k)) for k in range(8))
@@ -51,7 +51,7 @@ def test_rollouts_of_a_job_go_on_amid_its_refits_within_the_staleness_that_was_a
         *FEW_AND_LONG,
         "refit.verify_every=3",
     ]
-    summary = run_job(overrides, {}, tmp_path)
+    summary = run_job(overrides, {}, tmp_path, timeout_s=1700.0)
     assert summary["steps"] == summary["weight_version"] == STEPS and summary["audits"] == 2
     steps = [json.loads(line) for line in (tmp_path / "steps.jsonl").read_text().splitlines()]
     print([(s["step"], s["weight_version"], s["staleness"], s["mixed_samples"]) for s in steps])
