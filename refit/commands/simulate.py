@@ -54,12 +54,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     if arguments.fan_out and not arguments.topology:
         raise ConfigError("--fan-out needs the nodes: give --topology, for example ranks_per_node=8")
+    if not arguments.deadline > 0:
+        raise ConfigError(f"--deadline is {arguments.deadline:g} s; it must be above 0")
     done = planned(arguments)
     faults = Faults(
         {
             rank: factor
             for rank, factor in (_fault(done.plan, text) for text in arguments.slow)
-            if _positive(factor)
+            if _slows(factor)
         },
         dict(_fault(done.plan, text) for text in arguments.fail),
         arguments.deadline,
@@ -99,9 +101,12 @@ def _fault(plan: Plan, text: str) -> tuple[int, float]:
     return (number if side == "train" else plan.num_train + number), factor
 
 
-def _positive(factor: float) -> bool:
-    if factor <= 0:
-        raise ConfigError("a --slow factor must be above 0; use --fail for a dead rank")
+def _slows(factor: float) -> bool:
+    if not 0 < factor <= 1:
+        raise ConfigError(
+            f"a --slow factor is a share of the link's rate, above 0 and up to 1, and got {factor:g}; use --fail for a"
+            " dead rank, --topology for faster links"
+        )
     return True
 
 

@@ -20,6 +20,7 @@ PROGRAMS = re.compile(
 YOUNG_S = 60.0  # a job that is just coming up
 RAY_WISHED_BYTES = 10**9
 MAX_NAMES = 5
+MAX_SEGMENTS = 100  # of one command
 
 
 def shared_memory(host: Host) -> Check:
@@ -39,8 +40,10 @@ def shared_memory(host: Host) -> Check:
     }
     if not found:
         return Check(AREA, "shared memory", "ok", "no segment without a process")
-    shown = shlex.join(map(str, list(found)[:MAX_NAMES])) + (" ..." if len(found) > MAX_NAMES else "")
-    advice = f"no process maps them: rm {shown}"
+    more = len(found) - MAX_SEGMENTS
+    advice = f"no process maps them: rm {shlex.join(map(str, list(found)[:MAX_SEGMENTS]))}"
+    if more > 0:
+        advice += f" (and {more} more: run doctor again then)"
     return Check(
         AREA, "shared memory", "warn", f"{len(found)} segments, {amount(sum(found.values()))}", advice
     )

@@ -11,6 +11,7 @@ import torch
 from vllm.distributed.weight_transfer.base import WeightTransferInitInfo, WeightTransferUpdateInfo
 
 from refit.plan import ConfigError
+from refit.transfer.errors import TransportError
 
 
 @dataclass
@@ -59,14 +60,15 @@ class RefitUpdateInfo(WeightTransferUpdateInfo):
 
 
 class Background[T](threading.Thread):
-    """A step of a refit beside the model's own. `result` waits for it and raises what it raised.
+    """A step of a refit beside the model's own. `result` waits for it and raises what it raised, each time it is asked.
 
     Where there is a device, the step goes into the stream of who starts it, so that it sees what was written there.
     It begins `after_s` from now.
     """
 
-    def __init__(self, step: Callable[[], T], after_s: float = 0.0) -> None:
+    def __init__(self, what: str, step: Callable[[], T], after_s: float = 0.0) -> None:
         super().__init__(name="refit-background", daemon=True)
+        self._what = what
         self._step = step
         self._after_s = after_s
         self._error: Exception | None = None
@@ -83,8 +85,16 @@ class Background[T](threading.Thread):
         except Exception as error:
             self._error = error
 
-    def result(self) -> T:
-        self.join()
+    def require_ended(self, timeout_s: float) -> None:
+        """Wait for its end, however it ended. Raises TransportError after `timeout_s`."""
+        self.join(timeout_s)
+        if self.is_alive():
+            raise TransportError(
+                f"{self._what} has not ended within {timeout_s:.1f} s; its thread is stuck: restart this engine"
+            )
+
+    def result(self, timeout_s: float) -> T:
+        self.require_ended(timeout_s)
         if self._error is not None:
             raise self._error
         assert self._value is not None, "a step that raised nothing has a value"

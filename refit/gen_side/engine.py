@@ -104,9 +104,11 @@ class RefitWeightTransferEngine(WeightTransferEngine[RefitInitInfo, RefitUpdateI
         if self._staging is None:
             return
         if update_info.background and self._require_session().endpoint.misc_names:
-            self._arrival = Background(lambda: self._move_bulk(update_info))
+            self._arrival = Background("the receive of bulk", lambda: self._move_bulk(update_info))
         elif update_info.background:
-            self._packing = Background(lambda: self._get_ready(self._move_bulk(update_info)))
+            self._packing = Background(
+                "the receive of a version", lambda: self._get_ready(self._move_bulk(update_info))
+            )
         else:
             self._run("stage", lambda: self._receive(update_info))
 
@@ -115,14 +117,14 @@ class RefitWeightTransferEngine(WeightTransferEngine[RefitInitInfo, RefitUpdateI
         packing = self._packing
         if packing is not None and not packing.is_alive():
             self._packing = None
-            self._run("stage", lambda: self._take(packing.result()))
+            self._run("stage", lambda: self._take(packing.result(self._timeout_s)))
         return self._packing is not None or (self._arrival is not None and self._arrival.is_alive())
 
     def load_rest(self) -> None:
         """Go on with a `receive_weights` in the background: misc, and then again in the background. Raises nothing."""
         arrival, self._arrival = self._arrival, None
         if arrival is not None and self._staging is not None:
-            self._run("stage", lambda: self._load_rest(arrival.result()))
+            self._run("stage", lambda: self._load_rest(arrival.result(self._timeout_s)))
 
     def decide(self, attempt: int, commit: bool) -> None:
         """What the coordinator decided on `attempt`, so that the finish, for which requests wait, need not ask."""
@@ -142,10 +144,13 @@ class RefitWeightTransferEngine(WeightTransferEngine[RefitInitInfo, RefitUpdateI
             self._run("finish", self._finish)
 
     def settle(self) -> None:
-        """Wait for what a commit does in the background: digests of what is live now, for audits."""
-        sealing, self._sealing = self._sealing, None
-        if sealing is not None:
-            self._committed = sealing.result()
+        """Wait for what a commit does in the background: digests of what is live now, for audits.
+
+        Raises what kept them from being taken, every time until the next commit: those at hand are an older version's.
+        """
+        if self._sealing is not None:
+            self._committed = self._sealing.result(self._timeout_s)
+            self._sealing = None
 
     def shutdown(self) -> None:
         """Close groups and store; safe at any time."""
@@ -185,7 +190,8 @@ class RefitWeightTransferEngine(WeightTransferEngine[RefitInitInfo, RefitUpdateI
 
     def _begin(self) -> None:
         self._require_session()
-        self.settle()
+        if self._sealing is not None:
+            self._sealing.require_ended(self._timeout_s)  # it reads what the next commit will write
         self._drop_staging()
         self._reads.forget()
         self._staging = self._new_staging()
@@ -204,7 +210,7 @@ class RefitWeightTransferEngine(WeightTransferEngine[RefitInitInfo, RefitUpdateI
 
     def _load_rest(self, update: RefitUpdateInfo) -> None:
         self._load_misc()
-        self._packing = Background(lambda: self._get_ready(update))
+        self._packing = Background("the packing of a version", lambda: self._get_ready(update))
 
     def _load_misc(self) -> None:
         endpoint, staging = self._require_session().endpoint, self._require_staging()
@@ -241,7 +247,9 @@ class RefitWeightTransferEngine(WeightTransferEngine[RefitInitInfo, RefitUpdateI
         self._finished = FinishReport(update.version, started_s, report.seconds, ready.staged_bytes).message()
         if not was_told:  # who asks nothing but the store, and so has no other answer
             session.control.put(finished_key(update.attempt, session.gen_rank), self._finished)
-        self._sealing = Background(lambda: self._seal(staging, ready), after_s=ANSWER_FIRST_S)
+        self._sealing = Background(
+            "the digest of a commit", lambda: self._seal(staging, ready), after_s=ANSWER_FIRST_S
+        )
         _log.info("%s serves version %d: %s", session.who, self._version, report)
 
     def _prepare(self, info: RefitInitInfo) -> None:

@@ -14,20 +14,9 @@ from itertools import pairwise
 from refit.plan.balance import cut_points, nic_weights, share_out
 from refit.plan.cost import Cost, Link, Topology, busiest_link, capacity, loads, lower_bound, predicted_s
 from refit.plan.errors import PlanError
-from refit.plan.flows import Flow, Stripe
+from refit.plan.flows import Flow
 from refit.plan.plan import Plan
-from refit.plan.region import Region
 from refit.plan.schedule import StageTotals
-
-
-@dataclass(frozen=True, slots=True)
-class Relay:
-    """One copy of the second hop, between gen ranks of one node: a box that `src_gen` got in the first hop."""
-
-    tensor: str
-    region: Region
-    src_gen: int
-    dst_gen: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,27 +47,6 @@ class FanFlow:
                     if first < end:
                         yield self.flow.holders[position], receiver, first, end
                     first, position = end, position + 1
-
-    def first_hop(self) -> Iterator[Stripe]:
-        """What trainers send, tensor by tensor."""
-        for holder, receiver, first, stop in self.stretches():
-            for tensor, low, high in self._boxes(first, stop):
-                yield Stripe(self.flow.index, tensor, receiver, holder, low, high)
-
-    def second_hop(self) -> Iterator[Relay]:
-        """What members send to the other members of their group."""
-        for group, cuts in zip(self.groups, self.entry_cuts, strict=True):
-            for source, (first, stop) in zip(group, pairwise(cuts), strict=True):
-                for tensor, low, high in self._boxes(first, stop):
-                    region = self.flow.part(low, high)
-                    yield from (Relay(tensor, region, source, other) for other in group if other != source)
-
-    def _boxes(self, first: int, stop: int) -> Iterator[tuple[str, int, int]]:
-        while first < stop:
-            number, row = divmod(first, self.flow.num_rows)
-            end = min(stop, first - row + self.flow.num_rows)
-            yield self.flow.tensors[number], row, row + end - first
-            first = end
 
 
 @dataclass(frozen=True, slots=True, eq=False)

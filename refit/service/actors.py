@@ -148,7 +148,7 @@ class TrainActor(Actor):
             from refit.transfer.rendezvous import ControlStore
 
             address, _, port = store_address.rpartition(":")
-            self._control = ControlStore.join(address, int(port), run_id)
+            self._control = ControlStore.join(address, int(port), run_id, timeout_s)
             self._endpoint = Endpoint.prepare(self._control, self._offer.describe(), timeout_s)
             self._shares = shares_of(Inputs.of_message(self._control.get(INPUTS, timeout_s)).gen)
             return {

@@ -7,12 +7,13 @@ The keys and messages are those of `refit.transfer.protocol`.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from refit.plan import Manifest, Plan, PlanOptions, build_plan, decode_rank_manifest, replan
 from refit.plan.errors import PlanError
+from refit.plan.region import Region, merge_adjacent
 from refit.transfer.errors import TransportError
 from refit.transfer.protocol import (
     AUTO,
@@ -49,16 +50,21 @@ class Terms:
 
 @dataclass(frozen=True, slots=True, order=True)
 class Mismatch:
-    """A tensor whose digest on a generator rank is not the trainers'. Digests are hex, None where nobody gave one."""
+    """A tensor whose digest on a generator rank is not the trainers'. Digests are hex, None where nobody gave one.
+
+    `place` are words on which boxes of the tensor that rank gets, and from whom; "" where it is not known.
+    """
 
     tensor: str
     gen_rank: int
     trained: str | None
     generated: str | None
+    place: str = field(default="", compare=False)
 
     def __str__(self) -> str:
+        place = f" ({self.place})" if self.place else ""
         return (
-            f"{self.tensor} on gen rank {self.gen_rank}: trainers sent digest {self.trained}, "
+            f"{self.tensor} on gen rank {self.gen_rank}{place}: trainers sent digest {self.trained}, "
             f"the generator holds {self.generated}"
         )
 
@@ -146,7 +152,7 @@ def finished_reports(control: ControlStore, plan: Plan, attempt: int) -> dict[in
 
 
 def mismatches_of(plan: Plan, reports: Mapping[int, Any]) -> tuple[Mismatch, ...]:
-    """Every (tensor, generator rank) whose digests disagree, bulk and misc, sorted.
+    """Every (tensor, generator rank) whose digests disagree, bulk and misc, sorted. The first SHOWN say their place.
 
     A tensor that only one side reported is a mismatch too: silence is not agreement.
     """
@@ -158,7 +164,32 @@ def mismatches_of(plan: Plan, reports: Mapping[int, Any]) -> tuple[Mismatch, ...
         held = {tensor: by_rank[str(rank)] for tensor, by_rank in reports[rank]["digests"].items()}
         found += compare(gen_rank, sent, held)
         found += compare(gen_rank, trainers[0]["misc_digests"], reports[rank]["misc_digests"])
-    return tuple(sorted(found, key=lambda mismatch: (mismatch.tensor, mismatch.gen_rank)))
+    found.sort(key=lambda mismatch: (mismatch.tensor, mismatch.gen_rank))
+    places = _places(plan, {(mismatch.tensor, mismatch.gen_rank) for mismatch in found[:SHOWN]})
+    return tuple(
+        replace(mismatch, place=places.get((mismatch.tensor, mismatch.gen_rank), "")) for mismatch in found
+    )
+
+
+def _places(plan: Plan, wanted: Collection[tuple[str, int]]) -> dict[tuple[str, int], str]:
+    """The boxes of a bulk tensor that a generator rank gets, and the trainers that send them, in words."""
+    boxes: dict[tuple[str, int], list[Region]] = {}
+    senders: dict[tuple[str, int], set[int]] = {}
+    for flow in plan.flows:
+        for gen_rank in {
+            rank for tensor, rank in wanted if tensor in flow.tensors and rank in flow.receivers
+        }:
+            for stripe in flow.received_by(flow.receivers.index(gen_rank)):
+                key = stripe.tensor, gen_rank
+                if key in wanted:
+                    boxes.setdefault(key, []).append(flow.part(stripe.first_row, stripe.stop_row))
+                    senders.setdefault(key, set()).add(stripe.holder)
+    found = {}
+    for key, regions in boxes.items():
+        merged = merge_adjacent(regions)
+        shown = " ".join(map(str, merged[:SHOWN])) + (" ..." if len(merged) > SHOWN else "")
+        found[key] = f"{shown} from train ranks {', '.join(map(str, sorted(senders[key])))}"
+    return found
 
 
 def judge_audit(

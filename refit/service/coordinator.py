@@ -97,7 +97,9 @@ class Coordinator:
         TransportError with the cause when a rank fails or does not answer within `refit.timeout_s`, and then nothing
         is left open.
         """
-        host = ControlStore.host(_control_address(config), config.cluster.port, run_id=secrets.token_hex(8))
+        host = ControlStore.host(
+            _control_address(config), config.cluster.port, secrets.token_hex(8), config.refit.timeout_s
+        )
         coordinator = cls(config, host, trainers, generators, supply)
         try:
             coordinator._roster.ask_versions(config.refit.timeout_s)

@@ -64,8 +64,8 @@ class HttpEngine:
         """Drop keys and values of finished requests: the old weights computed them. Raises TransportError if kept."""
         if not self._call("POST", "/reset_prefix_cache", None)["success"]:
             raise TransportError(
-                f"{self.url} keeps its prefix cache, which the old weights filled, since requests hold on to it; "
-                f"pause it with 'wait' or 'abort' first"
+                f"{self.url} keeps its prefix cache, which the old weights filled, since requests hold on to it: it "
+                f"stays paused; end them, then POST /reset_prefix_cache and /resume, or restart it"
             )
 
     def prepare(self, init_info: Mapping[str, Any]) -> None:

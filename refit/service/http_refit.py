@@ -115,7 +115,7 @@ class HttpRefit:
         """
         workers = [engine.num_workers() for engine in engines]
         terms = Terms(num_train, sum(workers), options or PlanOptions(), backend, P2P, 2, timeout_s)
-        control = ControlStore.host(address, port, run_id or secrets.token_hex(8))
+        control = ControlStore.host(address, port, run_id or secrets.token_hex(8), timeout_s)
         return cls(control, engines, terms, workers, pause)
 
     @property
@@ -153,7 +153,11 @@ class HttpRefit:
             }
             calls.append(self._start("prepare", replica, partial(engine.prepare, info)))
         control, before = self._session.control, self._plan
-        self._plan = self._led("prepare", lambda: agree_on_plan(control, self._terms, before))
+        try:
+            self._plan = self._led("prepare", lambda: agree_on_plan(control, self._terms, before))
+        except Exception:
+            wait(calls)  # the failure frees them; one that is open would meet the next session on its server
+            raise
         _ended(calls)
         if old.number:
             old.control.forget()  # everybody has left it
@@ -344,10 +348,9 @@ def join_source(source: WeightSource, store: str, run_id: str, timeout_s: float 
 
 
 def _serve_on(engine: HttpEngine) -> None:
-    try:
-        engine.forget_prefixes()
-    finally:
-        engine.resume()
+    """A server that keeps its prefixes stays paused: it would answer with keys and values of the old weights."""
+    engine.forget_prefixes()
+    engine.resume()
 
 
 def _ended(calls: Sequence[Future[None]]) -> None:

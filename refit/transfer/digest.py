@@ -124,11 +124,6 @@ def whole_digest(tensor: Tensor) -> int:
     return digest(tensor, Region.whole(tuple(tensor.shape)), tuple(tensor.shape))
 
 
-def combine(digests: Sequence[int]) -> int:
-    """The digest of the union of disjoint boxes."""
-    return sum(digests) & MASK
-
-
 def _chunk_digest(bits: Tensor, region: Region) -> int:
     if bits.numel() == 0:
         return 0

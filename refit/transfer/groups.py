@@ -2,7 +2,8 @@
 
 One group per trainer stage (its trainers and all generators) and one for misc (trainer 0 and all generators). Each has
 its own connections, so threads that run different stages never share one. Bulk parcels may go another way than the
-process group, by `transport`; by default beside gloo they do. Broadcasts and the golden path use the process group.
+process group, by `transport`; by default beside gloo they do, those that the golden path gathers too. Broadcasts, and
+so its fan-out, stay on the process group.
 """
 
 import ipaddress
@@ -21,7 +22,8 @@ from refit.transfer.errors import TransportError, take_all
 from refit.transfer.protocol import AUTO, CUDA_IPC, NIXL, PROCESS_GROUP, TCP, TRANSPORTS
 from refit.transfer.rendezvous import ANSWER_S, ControlStore
 from refit.transfer.transports import ipc_link, nixl_link, tcp_links
-from refit.transfer.transports.seam import ProcessGroupTransport, Transport, wait_for_work
+from refit.transfer.transports.process_group import ProcessGroupTransport, wait_for_work
+from refit.transfer.transports.seam import Transport
 
 BACKENDS = ("gloo", "nccl")
 MISC = "misc"

@@ -19,25 +19,32 @@ from refit.transfer.errors import Failure, RefitFailed, TransportError
 FAILED = "failed"
 PIECE_BYTES = 4 << 20  # TCPStore's libuv server drops a connection that sends a value above 8 MiB
 POLL_S = (0.005, 0.1)  # first and longest pause between two looks at a key
-ANSWER_S = 5.0  # longest wait for one answer of the store itself
+ANSWER_S = 5.0  # longest wait for one answer of the store itself, unless a long time-out allows more
+ANSWER_SHARE = 6  # of a time-out: all ranks ask at once for what may be megabytes, and one server answers
 
 
 class ControlStore:
     """A client of the store; made by `host` (coordinator), `join` (everybody else) or `under` (another run id)."""
 
-    def __init__(self, store: TCPStore, calls: BoundedCalls, address: str, run_id: str) -> None:
+    def __init__(
+        self, store: TCPStore, calls: BoundedCalls, address: str, run_id: str, answer_s: float
+    ) -> None:
         self._tcp_store = store
         self._calls = calls
         self.address = address
         self.port: int = store.port
         self.run_id = run_id
+        self._answer_s = answer_s
         self._store = PrefixStore(f"refit/{run_id}", store)
 
     @classmethod
     def host(
         cls, address: str = "127.0.0.1", port: int = 0, run_id: str = "run", timeout_s: float = 30.0
     ) -> "ControlStore":
-        """Serve the store at `address` only (not on all interfaces). Port 0 takes a free one; see `.port`."""
+        """Serve the store at `address` only (not on all interfaces). Port 0 takes a free one; see `.port`.
+
+        `timeout_s` bounds the opening, and each answer as `answer_s` says.
+        """
         try:
             listener = socket.create_server((address, port))
         except OSError as error:
@@ -49,7 +56,10 @@ class ControlStore:
 
     @classmethod
     def join(cls, address: str, port: int, run_id: str, timeout_s: float = 30.0) -> "ControlStore":
-        """Connect to a store that another process hosts. Raises TransportError when nobody answers in time."""
+        """Connect to a store that another process hosts. Raises TransportError when nobody answers in `timeout_s`.
+
+        It also bounds each answer to come, as `answer_s` says.
+        """
         return cls._open(address, port, run_id, timeout_s, None)
 
     @classmethod
@@ -71,11 +81,11 @@ class ControlStore:
             raise TransportError(
                 f"no control store answers at {address}:{port} within {timeout_s:.1f} s: {_first_line(error)}"
             ) from error
-        return cls(store, calls, address, run_id)
+        return cls(store, calls, address, run_id, answer_s(timeout_s))
 
     def under(self, run_id: str) -> "ControlStore":
         """The same connection under another run id: fresh keys, and no failure yet."""
-        return ControlStore(self._tcp_store, self._calls, self.address, run_id)
+        return ControlStore(self._tcp_store, self._calls, self.address, run_id, self._answer_s)
 
     def put(self, key: str, message: object) -> None:
         """Publish a JSON value, which must not be null. A second put of a key replaces the value."""
@@ -183,13 +193,18 @@ class ControlStore:
 
     def _call[T](self, call: Callable[[], T]) -> T:
         try:
-            return self._calls.run(call, ANSWER_S)
+            return self._calls.run(call, self._answer_s)
         except TransportError:
             raise
         except RuntimeError as error:
             raise TransportError(
                 f"the control store at {self.address}:{self.port} is gone ({_first_line(error)}); its host died"
             ) from error
+
+
+def answer_s(timeout_s: float) -> float:
+    """How long one answer of the store may take, for who has `timeout_s` for the whole of something."""
+    return max(ANSWER_S, timeout_s / ANSWER_SHARE)
 
 
 def _failure(text: bytes) -> Failure:

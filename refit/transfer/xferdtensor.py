@@ -35,7 +35,8 @@ from refit.transfer.placements import Layout, Mesh
 from refit.transfer.protocol import GOLDEN, P2P
 from refit.transfer.report import WIRE, BulkReport, Tally
 from refit.transfer.runs import row_major
-from refit.transfer.transports.seam import ProcessGroupTransport, Transport, wait_for_work
+from refit.transfer.transports.process_group import ProcessGroupTransport, wait_for_work
+from refit.transfer.transports.seam import Transport
 
 NAME = "tensor"
 MAX_DIMS = 8

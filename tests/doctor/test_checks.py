@@ -199,6 +199,24 @@ def test_shared_memory_that_nobody_maps_is_named_and_what_is_mapped_is_not() -> 
         path.unlink()
 
 
+def test_the_command_that_removes_shared_memory_names_every_segment_up_to_a_length_that_is_said(
+    tmp_path: Path,
+) -> None:
+    folder = tmp_path / "dev" / "shm"
+    folder.mkdir(parents=True)
+    paths = [folder / f"psm_{number:03}" for number in range(leftovers.MAX_SEGMENTS + 2)]
+    for path in paths:
+        path.touch()
+        os.utime(path, (time.time() - 3600,) * 2)
+    advice = leftovers.shared_memory(Host(tmp_path, {})).advice
+    assert all(str(path) in advice for path in paths[:-2]) and str(paths[-1]) not in advice
+    assert advice.endswith("(and 2 more: run doctor again then)")
+    for path in paths[10:]:
+        path.unlink()
+    advice = leftovers.shared_memory(Host(tmp_path, {})).advice
+    assert advice == f"no process maps them: rm {' '.join(map(str, paths[:10]))}"
+
+
 def test_what_vllms_collectives_leave_is_named_so_that_a_shell_takes_the_name_as_it_is() -> None:
     path = Path("/dev/shm") / f"0{os.getpid()}-tp:0-[0-1]-cpushm_1"  # named after a port; the first by name
     path.write_bytes(bytes(8192))

@@ -83,7 +83,9 @@ def test_a_job_whose_engine_stores_fp8_audits_equal_stays_near_its_trainers_and_
     assert found["fp8"]["bulk_bytes"] < 0.6 * found["bf16"]["bulk_bytes"]  # embeddings and head stay in bf16
 
 
-def run_job(arguments: list[str], environment: dict[str, str], folder: Path) -> dict[str, Any]:
+def run_job(
+    arguments: list[str], environment: dict[str, str], folder: Path, timeout_s: float = 800.0
+) -> dict[str, Any]:
     """Run `python -m refit.run` and return its last line; fails if a process of it is left."""
     mark = str(folder)
     done = subprocess.run(
@@ -91,7 +93,7 @@ def run_job(arguments: list[str], environment: dict[str, str], folder: Path) -> 
         env=os.environ | environment | SECRETS | {MARK: mark},
         capture_output=True,
         text=True,
-        timeout=800,
+        timeout=timeout_s,
     )
     assert done.returncode == 0, done.stderr[-4000:]
     assert not marked_processes(mark)

@@ -5,9 +5,11 @@ import time
 
 import pytest
 
+from refit.gen_side import engine
+from refit.gen_side.calls import Background
 from refit.gen_side.generator import Generator, GenOptions, GenParallel
 from refit.train_side.tiny_models import make_tiny_model
-from refit.transfer.errors import RefitFailed
+from refit.transfer.errors import RefitFailed, TransportError
 from refit.transfer.rendezvous import ControlStore
 from tests.gen_side.checkpoints import shifted, tensors_of
 from tests.gen_side.rounds import Rounds
@@ -124,6 +126,36 @@ def test_a_prepare_that_fails_leaves_no_connection_of_the_worker_to_the_control_
     with Rounds(generator, tensors_of(start), 1) as rounds:
         assert rounds.refit(45, tensors_of(changed))
         assert greedy(generator) == goal
+
+
+def test_a_commit_whose_digests_could_not_be_taken_is_not_audited_by_those_of_an_older_one(case, monkeypatch):
+    generator, start, changed, goal = case
+    with Rounds(generator, tensors_of(start), 1) as rounds:
+        assert rounds.refit(46, tensors_of(start))
+        rounds.audit()
+        with monkeypatch.context() as broken:
+            broken.setattr(engine, "observe_commit", out_of_memory)
+            assert rounds.refit(47, tensors_of(changed))
+            for _ in range(2):
+                with pytest.raises(RefitFailed, match="no room to digest"):
+                    generator.audit("refused")
+                rounds.control.drop("failed")  # as a new round would have it: keys of its own
+        assert greedy(generator) == goal
+        assert rounds.refit(48, tensors_of(changed)), "what an audit lacks costs no refit"
+        assert rounds.audit()[0]["digests"] == rounds.trained_digests()
+
+
+def out_of_memory(*_):
+    raise MemoryError("no room to digest")
+
+
+def test_a_step_in_the_background_that_hangs_is_given_up_and_named():
+    end = threading.Event()
+    step = Background("the digest of a commit", end.wait)
+    with pytest.raises(TransportError, match=r"the digest of a commit has not ended within 0\.1 s"):
+        step.result(0.1)
+    end.set()
+    assert step.result(10.0) is True
 
 
 def connections_to(port):

@@ -123,6 +123,8 @@ def test_a_topology_shows_the_fan_out_inside_nodes_and_without_one_there_is_none
             "did you mean model.layers.0.self_attn",
         ),
         (("simulate", *LAYOUT, "--slow", "gen:99=0.5"), "with a rank of this plan"),
+        (("simulate", *LAYOUT, "--slow", "gen:1=2"), "up to 1, and got 2; use --fail for a dead rank"),
+        (("simulate", *LAYOUT, "--deadline", "-1"), "--deadline is -1 s; it must be above 0"),
         (("simulate", *LAYOUT, "--fan-out"), "give --topology"),
         (("simulate", *LAYOUT, "--streams", "-3"), "--streams: -3 is below 0"),
         (("plan", *LAYOUT, "--streams", "-3"), "--streams: -3 is below 0"),

@@ -1,6 +1,7 @@
 """Fan-out inside generator nodes against brute force over elements; planted faults; what it wins."""
 
 from dataclasses import replace
+from itertools import pairwise
 from random import Random
 
 import pytest
@@ -42,21 +43,33 @@ def run_in_two_hops(fan):
     written = {}
     for one in fan.flows:
         entered = set()
-        for stripe in one.first_hop():
-            for index in elements(one.flow.part(stripe.first_row, stripe.stop_row)):
-                assert (stripe.holder, stripe.tensor, index) in held
-                key = (stripe.receiver, one.flow.copy, stripe.tensor, index)
+        for holder, receiver, first, stop in one.stretches():
+            for tensor, index in of_rows(one.flow, first, stop):
+                assert (holder, tensor, index) in held
+                key = (receiver, one.flow.copy, tensor, index)
                 written[key] = written.get(key, 0) + 1
                 entered.add(key)
-        for relay in one.second_hop():
-            assert (
-                relay.src_gen // fan.topology.ranks_per_node == relay.dst_gen // fan.topology.ranks_per_node
-            )
-            for index in elements(relay.region):
-                assert (relay.src_gen, one.flow.copy, relay.tensor, index) in entered
-                key = (relay.dst_gen, one.flow.copy, relay.tensor, index)
+        for source, other, first, stop in second_hop(one):
+            assert source // fan.topology.ranks_per_node == other // fan.topology.ranks_per_node
+            for tensor, index in of_rows(one.flow, first, stop):
+                assert (source, one.flow.copy, tensor, index) in entered
+                key = (other, one.flow.copy, tensor, index)
                 written[key] = written.get(key, 0) + 1
     return written
+
+
+def second_hop(one):
+    """What members of a group send to its other members, as (source, other, first, stop) of the group's line."""
+    for group, cuts in zip(one.groups, one.entry_cuts, strict=True):
+        for source, (first, stop) in zip(group, pairwise(cuts), strict=True):
+            yield from ((source, other, first, stop) for other in group if other != source)
+
+
+def of_rows(flow, first, stop):
+    """(tensor, element) of these rows of a line: all tensors of the flow, one after the other."""
+    for row in range(first, stop):
+        number, own = divmod(row, flow.num_rows)
+        yield from ((flow.tensors[number], index) for index in elements(flow.part(own, own + 1)))
 
 
 @settings(max_examples=150, deadline=None)

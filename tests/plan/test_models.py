@@ -185,6 +185,30 @@ def test_a_wrong_layout_string_is_refused_by_key(text, message):
         parse_train(text)
 
 
+@pytest.mark.parametrize(
+    ("mesh", "sizes", "message"),
+    [
+        (
+            TrainMesh,
+            {"tp": 8, "dp": 1_000_000},
+            "train layout has 8000000 ranks, a plan takes up to 65536; lower dp",
+        ),
+        (GenMesh, {"tp": 8, "replicas": 1_000_000}, "gen layout has 8000000 ranks, .* 65536; lower replicas"),
+    ],
+)
+def test_a_layout_of_more_ranks_than_a_plan_takes_is_refused_at_once(mesh, sizes, message):
+    with pytest.raises(ConfigError, match=message):
+        mesh(**sizes)
+
+
+def test_axes_of_experts_are_refused_for_a_model_without_experts():
+    model = load_model("qwen3-4b")
+    with pytest.raises(ConfigError, match="train ep=4, etp=2: qwen3-4b has no experts; leave that out"):
+        train_manifest(model, TrainMesh(tp=2, ep=4, etp=2))
+    with pytest.raises(ConfigError, match="gen ep=1: qwen3-4b has no experts; leave that out"):
+        gen_manifest(model, GenMesh(tp=4, ep=1))
+
+
 def test_layouts_that_do_not_divide_are_refused_with_both_numbers():
     model = load_model("qwen3-4b")
     for make in (

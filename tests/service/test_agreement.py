@@ -100,6 +100,17 @@ def test_a_digest_that_is_missing_on_one_side_is_a_mismatch_and_named(
     assert tensor in describe_mismatches(found)
 
 
+def test_a_mismatch_says_which_boxes_the_rank_gets_and_from_whom(reports: dict[int, Any]) -> None:
+    halves = Manifest("gen", (rank_manifest("gen", 0, 0, 1), rank_manifest("gen", 1, 1, 4)))
+    plan = build_plan(TRAIN, halves, PlanOptions())
+    reports[2]["digests"] = {UP.name: {"2": "04"}}
+    reports[3] = {"digests": {UP.name: {"3": "09"}}, "misc_digests": {ROTARY.name: "08"}}
+    first, second, misc = mismatches_of(plan, reports)
+    assert "on gen rank 0 ([0:1, 0:2] from train ranks 0): trainers sent" in str(first)
+    assert "on gen rank 1 ([1:4, 0:2] from train ranks 0, 1): trainers sent" in str(second)
+    assert f"{ROTARY.name} on gen rank 1: trainers sent digest 07" in str(misc), "it was sent whole, to all"
+
+
 def test_a_changed_misc_digest_is_a_mismatch(plan: Plan, reports: dict[int, Any]) -> None:
     reports[2]["misc_digests"][ROTARY.name] = "08"
     assert [mismatch.tensor for mismatch in mismatches_of(plan, reports)] == [ROTARY.name]

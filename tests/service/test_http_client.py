@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from refit.service.http_engine import HttpEngine
-from refit.service.http_refit import join_source, next_version
+from refit.service.http_refit import HttpRefit, join_source, next_version
 from refit.transfer import endpoint
 from refit.transfer.errors import RefitFailed, TransportError
 from refit.transfer.groups import Groups
@@ -159,6 +159,43 @@ def test_a_server_that_does_not_pause_discards_the_version_on_both(monkeypatch):
             rounds.refit(1)
         assert [receiver.version for receiver in rounds.receivers] == [None, None]
         assert rounds.receivers[0].calls == ["wait", "finish", "resume"]
+
+
+def test_a_server_that_keeps_the_old_prefixes_stays_paused_and_is_named(monkeypatch):
+    keeps = Receiver()
+
+    def kept():
+        raise TransportError("server 1 keeps its prefix cache")
+
+    monkeypatch.setattr(keeps, "forget_prefixes", kept)
+    with Rounds(Receiver(), keeps) as rounds:
+        with pytest.raises(TransportError, match="server 1 keeps its prefix cache"):
+            rounds.refit(1)
+        assert rounds.receivers[0].calls == ["wait", "finish", "forget", "resume"]
+        assert keeps.version == 1 and keeps.calls == ["wait", "finish"]
+
+
+def test_a_prepare_that_failed_has_waited_for_what_it_asked_of_the_servers(monkeypatch):
+    slow, broken, ended = Receiver(), Receiver(), threading.Event()
+    prepare = slow.prepare
+
+    def late(info):
+        try:
+            prepare(info)
+        finally:
+            time.sleep(1.0)
+            ended.set()
+
+    def failing(info):
+        raise TransportError("no such model")
+
+    monkeypatch.setattr(slow, "prepare", late)
+    monkeypatch.setattr(broken, "prepare", failing)
+    refitter = HttpRefit.open([slow, broken], 1, timeout_s=20.0)
+    with pytest.raises(RefitFailed, match="server 1: no such model"):
+        refitter.prepare()
+    assert ended.is_set()
+    refitter.close()
 
 
 def test_trainers_that_send_another_version_than_was_asked_for_end_the_round():

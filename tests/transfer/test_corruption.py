@@ -1,4 +1,4 @@
-"""Every way in which a wire can lie is caught, by the digests or before, and named down to the element."""
+"""Every way in which a wire can lie is caught, by the digests or before, and named by tensor and rank."""
 
 import threading
 import time
@@ -6,13 +6,12 @@ import time
 import pytest
 import torch
 
-from refit.plan import Region, build_plan
+from refit.plan import build_plan
 from refit.transfer.bulk import StageJob, move_stage
 from refit.transfer.compiled import compile_stage
-from refit.transfer.digest import digest
+from refit.transfer.digest import MASK
 from refit.transfer.errors import TransportError
 from refit.transfer.groups import Group
-from refit.transfer.locate import bisect, mismatches
 from refit.transfer.runs import Runs
 from refit.transfer.transports.in_memory import (
     CORRUPT,
@@ -63,10 +62,15 @@ def run_in_threads(fault: Fault | None, deadline_s: float = 20.0):
 
 
 def faults_found(plan, reports):
-    parts = {rank: [report.digests for report in of_rank] for rank, of_rank in reports.items()}
-    sent = [digests for rank, found in parts.items() if rank < plan.num_train for digests in found]
-    held = [digests for rank, found in parts.items() if rank >= plan.num_train for digests in found]
-    return mismatches(sent, held)
+    """(tensor, rank) whose digest is not the sum of those that trainers sent."""
+    off = {}
+    for rank, parts in reports.items():
+        sign = 1 if rank < plan.num_train else -1
+        for part in parts:
+            for tensor, by_rank in part.digests.items():
+                for dst, value in by_rank.items():
+                    off[tensor, dst] = off.get((tensor, dst), 0) + sign * value
+    return {key for key, value in off.items() if value & MASK}
 
 
 def wrong_tensors(case, params) -> set[tuple[str, int]]:
@@ -86,7 +90,7 @@ def wrong_tensors(case, params) -> set[tuple[str, int]]:
 
 def test_without_a_fault_all_digests_agree():
     case, plan, params, reports, errors = run_in_threads(None)
-    assert errors == {} and faults_found(plan, reports) == () and wrong_tensors(case, params) == set()
+    assert errors == {} and faults_found(plan, reports) == set() and wrong_tensors(case, params) == set()
 
 
 @pytest.mark.parametrize("number", [0, 3])
@@ -94,10 +98,8 @@ def test_without_a_fault_all_digests_agree():
 def test_a_lying_wire_is_named_by_tensor_and_rank(kind, number):
     case, plan, params, reports, errors = run_in_threads(Fault(kind, 0, 2, number))
     assert errors == {}
-    found = faults_found(plan, reports)
     wrong = wrong_tensors(case, params)
-    assert wrong and {(fault.tensor, fault.dst_rank) for fault in found} == wrong
-    assert "on rank 2: trainers sent" in str(found[0])
+    assert wrong and faults_found(plan, reports) == wrong
 
 
 def test_an_unpack_that_leaves_memory_as_it_was_is_named_by_tensor_and_rank(monkeypatch):
@@ -113,7 +115,7 @@ def test_an_unpack_that_leaves_memory_as_it_was_is_named_by_tensor_and_rank(monk
     case, plan, params, reports, errors = run_in_threads(None)
     wrong = wrong_tensors(case, params)
     assert errors == {} and skipped and wrong
-    assert {(fault.tensor, fault.dst_rank) for fault in faults_found(plan, reports)} == wrong
+    assert faults_found(plan, reports) == wrong
 
 
 @pytest.mark.parametrize("kind", [STALL, FAIL])
@@ -121,22 +123,3 @@ def test_a_wire_that_stops_is_an_error_that_names_the_peer(kind):
     _, _, _, _, errors = run_in_threads(Fault(kind, 0, 2, 1), deadline_s=2.0)
     words = "from rank 0" if kind == STALL else "to rank 2 failed on demand"
     assert any(words in error for error in errors.values()), errors
-
-
-def test_bisection_finds_the_wrong_elements_and_asks_few_questions():
-    good = torch.randn(40, 33, 5).to(torch.bfloat16)
-    bad = good.clone()
-    wrong = {(7, 31, 0), (7, 31, 1), (39, 0, 4)}
-    for index in wrong:
-        bad[index] += 1
-    asked = []
-
-    def differs(box: Region) -> bool:
-        asked.append(box)
-        cut = tuple(slice(*span) for span in zip(box.starts, box.stops, strict=True))
-        return digest(good[cut], box, good.shape) != digest(bad[cut], box, good.shape)
-
-    found = bisect(Region.whole(good.shape), differs)
-    assert {box.starts for box in found} == wrong
-    assert len(asked) < 100
-    assert bisect(Region((0, 0, 0), (5, 5, 5)), differs) == ()

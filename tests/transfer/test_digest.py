@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from refit.plan import PlanError, Region
 from refit.transfer import digest as digest_module
-from refit.transfer.digest import MASK, combine, digest, row_products, whole_digest
+from refit.transfer.digest import MASK, digest, row_products, whole_digest
 from refit.transfer.memory import as_bits
 
 DTYPES = (
@@ -87,8 +87,8 @@ def test_digests_of_any_partition_sum_to_the_digest_of_the_whole(shape, dtype, s
     tensor, region = random_tensor(shape, dtype, seed), sub_region(data, shape)
     whole = Region.whole(shape)
     parts = (region, *whole.subtract(region))
-    total = combine([digest(cut(tensor, part), part, shape) for part in parts])
-    assert total == digest(tensor, whole, shape)
+    total = sum(digest(cut(tensor, part), part, shape) for part in parts)
+    assert total & MASK == digest(tensor, whole, shape)
 
 
 @settings(max_examples=80, deadline=None)

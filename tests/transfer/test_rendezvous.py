@@ -9,7 +9,7 @@ import pytest
 
 from refit.transfer.errors import RefitFailed, TransportError
 from refit.transfer.groups import open_group
-from refit.transfer.rendezvous import PIECE_BYTES, ControlStore
+from refit.transfer.rendezvous import ANSWER_S, PIECE_BYTES, ControlStore, answer_s
 from refit.transfer.watch import Watch, silent_ranks
 from tests.processes import Processes, run_processes
 
@@ -114,6 +114,27 @@ def test_a_dead_or_stopped_host_is_an_error_and_not_a_hang(number, words):
         with pytest.raises(TransportError, match=words):
             store.get("key", 2.0)
         assert time.monotonic() - began < 8
+
+
+@pytest.mark.processes
+@pytest.mark.slow
+def test_a_host_that_is_late_with_an_answer_costs_nothing_while_the_time_out_allows_it():
+    from tests.processes import CONTEXT
+
+    reader, writer = CONTEXT.Pipe(duplex=False)
+    with Processes(hosting_rank, 1, (writer,)) as processes:
+        store = ControlStore.join("127.0.0.1", reader.recv(), "run", 120.0).under("another")
+        processes.signal(0, signal.SIGSTOP)
+        go_on = threading.Timer(ANSWER_S + 1.0, processes.signal, (0, signal.SIGCONT))
+        go_on.start()
+        store.put("key", 7)
+        assert store.peek("key") == 7
+        go_on.join()
+
+
+@pytest.mark.parametrize(("timeout_s", "one_answer_s"), [(1.0, 5.0), (30.0, 5.0), (120.0, 20.0)])
+def test_an_answer_may_take_the_longer_the_longer_the_whole_may(timeout_s, one_answer_s):
+    assert answer_s(timeout_s) == one_answer_s
 
 
 @pytest.mark.processes

@@ -18,7 +18,8 @@ from refit.transfer.transports.ipc_link import IpcLink
 from refit.transfer.transports.local_mail import LocalMail
 from refit.transfer.transports.nixl_link import open_transport
 from refit.transfer.transports.one_sided import OneSidedTransport
-from refit.transfer.transports.seam import Parcel, ProcessGroupTransport, Transport
+from refit.transfer.transports.process_group import ProcessGroupTransport
+from refit.transfer.transports.seam import Parcel, Transport
 
 RANKS = (3, 5, 8)
 

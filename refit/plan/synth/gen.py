@@ -46,7 +46,12 @@ class Place:
 
 @collector_paused()
 def gen_manifest(model: Model, mesh: GenMesh) -> Manifest:
-    """All generators. Equal places of all replicas share one body; cost is per place."""
+    """All generators. Equal places of all replicas share one body; cost is per place.
+
+    Raises ConfigError for `ep` of a model without experts, as vLLM does.
+    """
+    if mesh.ep and not model.has_experts:
+        raise ConfigError(f"gen ep={mesh.ep}: {model.name} has no experts; leave that out")
     bodies: dict[Place, RankManifest] = {}
     ranks: list[RankManifest] = []
     for rank in range(mesh.num_ranks):

@@ -119,6 +119,10 @@ class Model:
     last: tuple[Module, ...]
     tied: bool
 
+    @property
+    def has_experts(self) -> bool:
+        return any(isinstance(module, Experts) for layer in self.layers for module in layer)
+
 
 def shapes(module: Module) -> Shapes:
     """Canonical tensors of a part."""

@@ -5,6 +5,8 @@ from math import lcm
 
 from refit.plan.errors import ConfigError
 
+MAX_RANKS = 1 << 16  # of a side: planned in seconds to minutes; above it a layout is rather a slip of the pen
+
 
 @dataclass(frozen=True, slots=True)
 class TrainMesh:
@@ -43,6 +45,7 @@ class TrainMesh:
             raise ConfigError(
                 f"train etp is {self.etp}; give a positive number, or leave it out for etp = tp"
             )
+        _check_size("train", self.num_ranks, "dp")
 
     @property
     def expert_tp(self) -> int:
@@ -106,6 +109,7 @@ class GenMesh:
             raise ConfigError(
                 f"gen ep is {self.ep}; 0 turns it off, 1 cuts experts over tp * dp = {self.tp * self.dp}"
             )
+        _check_size("gen", self.num_ranks, "replicas")
 
     @property
     def ranks_per_replica(self) -> int:
@@ -167,6 +171,13 @@ def _check_positive(mesh: TrainMesh | GenMesh, keys: tuple[str, ...]) -> None:
         value = getattr(mesh, key)
         if value < 1:
             raise ConfigError(f"{side} {key} is {value}; it must be at least 1")
+
+
+def _check_size(side: str, num_ranks: int, key: str) -> None:
+    if num_ranks > MAX_RANKS:
+        raise ConfigError(
+            f"the {side} layout has {num_ranks} ranks, a plan takes up to {MAX_RANKS}; lower {key}"
+        )
 
 
 def even_share(what: str, size: int, parts: int, index: int) -> tuple[int, int]:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import assert_never
 
 from refit.plan.collector import collector_paused
+from refit.plan.errors import ConfigError
 from refit.plan.manifest import Manifest, RankManifest
 from refit.plan.synth.emit import Block, Emitter, cut_parts, num_rows, window
 from refit.plan.synth.modules import (
@@ -56,7 +57,14 @@ class Place:
 
 @collector_paused()
 def train_manifest(model: Model, mesh: TrainMesh) -> Manifest:
-    """All trainers. Ranks in the same place share one body; cost is per distinct place."""
+    """All trainers. Ranks in the same place share one body; cost is per distinct place.
+
+    Raises ConfigError for axes of experts that the model does not have, as Megatron does.
+    """
+    axes = {"ep": mesh.ep, "etp": mesh.etp, "egtp": mesh.egtp}
+    cut = [f"{key}={size}" for key, size in axes.items() if size > 1]
+    if cut and not model.has_experts:
+        raise ConfigError(f"train {', '.join(cut)}: {model.name} has no experts; leave that out")
     bodies: dict[Place, RankManifest] = {}
     ranks: list[RankManifest] = []
     for rank in range(mesh.num_ranks):

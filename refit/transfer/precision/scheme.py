@@ -58,17 +58,11 @@ def _num_scales(hf_shapes: HfShapes, name: str) -> int:
     return sum(f"{name}_{suffix}" in hf_shapes for suffix in ("scale_inv", "scale", "scale_2"))
 
 
-def with_parts(names: Iterable[str], scheme: Scheme) -> tuple[str, ...]:
-    """HF names as an engine knows them: the parts in place of each quantized tensor."""
-    found: list[str] = []
-    for name in names:
-        form = scheme.get(canonical(name)[0])
-        found += [name] if form is None else codec_of(form).format.names(name)
-    return tuple(found)
-
-
 def without_parts(names: Collection[str], scheme: Scheme) -> tuple[str, ...]:
-    """The inverse: the tensors that must be known to make `names`, each once, in order."""
+    """The tensors that must be known to make `names`, each once, in order.
+
+    `names` are HF names as an engine knows them: the parts in place of each quantized tensor.
+    """
     whole_of = {part: name for name, form in scheme.items() for part in codec_of(form).format.names(name)}
     found: dict[str, None] = {}
     for name in names:

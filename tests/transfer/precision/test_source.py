@@ -23,7 +23,7 @@ from refit.plan import (
 from refit.transfer.memory import as_bits, dtype_name, strided_box
 from refit.transfer.precision.codecs import CODECS, codec_of
 from refit.transfer.precision.formats import PrecisionError
-from refit.transfer.precision.scheme import quantized, scheme_of, with_parts, without_parts
+from refit.transfer.precision.scheme import quantized, scheme_of, without_parts
 from refit.transfer.precision.source import QuantizedSource
 from tests.transfer.precision.matrices import KINDS, cuts, matrix
 
@@ -228,7 +228,6 @@ def test_the_scheme_is_what_the_header_of_the_engines_checkpoint_shows():
         scheme = {EXPERTS: form, DENSE: "fp8"}
         header = shapes_of(dict(quantized(hf.items(), scheme)))
         assert scheme_of(header) == scheme
-        assert set(with_parts(hf, scheme)) == set(header)
         assert set(without_parts(header, scheme)) == set(hf)
     assert scheme_of(shapes_of(hf)) == {}
 
