@@ -30,7 +30,9 @@ PLAN = PlanRecord("abc", 2, 1, 900, 100, 3, 1, 1.25, "into gen rank 0", "out of 
 def report(started_s, sent=0, received=0, **seconds):
     spans = (Span("pack", 0, 1, 0.0, 0.25), Span("misc", -1, 0, 0.25, 0.5))
     digests = {"a": {2: 7}, "b": {2: 9}}
-    return RefitReport(5, started_s, sent, received, 100, seconds, digests, {"norm": 3}, 64, spans).message()
+    return RefitReport(
+        5, started_s, sent, received, sent, received, 100, seconds, digests, {"norm": 3}, 64, spans
+    ).message()
 
 
 def seen(reason="", num_differing=0):
