@@ -28,6 +28,7 @@ from refit.gen_side.loader.hf_index import read_hf_shapes
 from refit.gen_side.loader.trace import LoaderTrace, trace_loader
 from refit.gen_side.staging import CommitReport, Staging
 from refit.plan import ParamSpec, RankManifest
+from refit.transfer.delta.base import Base
 from refit.transfer.endpoint import Endpoint
 from refit.transfer.errors import RefitFailed, take_all
 from refit.transfer.protocol import FinishReport, audit_keys, finished_key
@@ -70,6 +71,7 @@ class RefitWeightTransferEngine(WeightTransferEngine[RefitInitInfo, RefitUpdateI
     def __init__(self, config: Any, vllm_config: Any, device: torch.device, model: torch.nn.Module) -> None:
         super().__init__(config, vllm_config, device, model)
         self._session: Session | None = None
+        self._base = Base()
         self._trace: LoaderTrace | None = None
         self._staging: Staging | None = None
         self._ready: Ready | None = None
@@ -243,6 +245,7 @@ class RefitWeightTransferEngine(WeightTransferEngine[RefitInitInfo, RefitUpdateI
         started_s = time.time()
         report = self._commit(staging)
         self._version = update.version
+        session.endpoint.committed()
         self._staging = self._ready = None
         self._finished = FinishReport(update.version, started_s, report.seconds, ready.staged_bytes).message()
         if not was_told:  # who asks nothing but the store, and so has no other answer
@@ -260,7 +263,7 @@ class RefitWeightTransferEngine(WeightTransferEngine[RefitInitInfo, RefitUpdateI
         gen_rank = info.first_gen_rank + get_world_group().rank_in_group
         try:
             manifest = self._manifest(gen_rank, get_pp_group().rank_in_group, info.replica)
-            endpoint = Endpoint.prepare(control, manifest, info.timeout_s, self.device)
+            endpoint = Endpoint.prepare(control, manifest, info.timeout_s, self.device, self._base)
         except Exception as error:
             told = _tell(control, "prepare", f"gen {gen_rank}", error)
             control.close()

@@ -192,6 +192,9 @@ def _tiles(run: Run) -> str:
         shares = [refit["line_share"] for refit in run.reported if refit.get("line_share") is not None]
         if shares:
             tiles.append(("of line rate, median", _share(statistics.median(shares))))
+        sent = [refit["delta_share"] for refit in run.reported if refit.get("delta_share") is not None]
+        if sent:
+            tiles.append(("of bulk sent as deltas, median", _share(statistics.median(sent))))
     if run.refits:
         tiles.append(("refits not committed", str(sum(not refit["committed"] for refit in run.refits))))
     cells = "".join(
@@ -216,6 +219,7 @@ def _refit_table(run: Run) -> str:
         "total",
         *charts.PHASES,
         "bulk",
+        "of it sent",
         "misc",
         "bound ratio",
         "straggler",
@@ -239,6 +243,7 @@ def _refit_row(refit: Mapping[str, Any], audit: bool | None) -> list[str]:
         _milliseconds(refit["total_s"]),
         *[_milliseconds(refit["seconds"].get(phase, 0.0)) for phase in charts.PHASES],
         _amount(refit["bulk_bytes"]),
+        _share(refit.get("delta_share")),  # not in older runs, and empty without deltas
         _amount(refit["misc_bytes"]),
         f"{refit['bound_ratio']:.3f}",
         refit["straggler"],

@@ -101,6 +101,7 @@ class TrainActor(Actor):
         self._policy: Any = None
         self._offer: Any = None
         self._endpoint: Any = None
+        self._base: Any = None
         self._shares: Shares = {}
 
     def meeting_point(self) -> str:
@@ -143,13 +144,17 @@ class TrainActor(Actor):
         started_s = time.monotonic()
         self._leave()
         with self._doing("prepare"):
+            from refit.transfer.delta.base import Base
             from refit.transfer.endpoint import Endpoint
             from refit.transfer.protocol import INPUTS, Inputs
             from refit.transfer.rendezvous import ControlStore
 
             address, _, port = store_address.rpartition(":")
             self._control = ControlStore.join(address, int(port), run_id, timeout_s)
-            self._endpoint = Endpoint.prepare(self._control, self._offer.describe(), timeout_s)
+            self._base = self._base or Base()
+            self._endpoint = Endpoint.prepare(
+                self._control, self._offer.describe(), timeout_s, base=self._base
+            )
             self._shares = shares_of(Inputs.of_message(self._control.get(INPUTS, timeout_s)).gen)
             return {
                 "rank": self._endpoint.rank,

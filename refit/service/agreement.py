@@ -46,6 +46,7 @@ class Terms:
     num_streams: int
     timeout_s: float
     transport: str = AUTO
+    delta: bool = False
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -111,6 +112,7 @@ def agree_on_plan(control: ControlStore, terms: Terms, before: Plan | None = Non
         terms.timeout_s,
         plan.digest,
         terms.transport,
+        terms.delta,
     )
     control.put(INPUTS, inputs.message())
     ranks = range(terms.num_train + terms.num_gen)

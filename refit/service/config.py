@@ -135,11 +135,15 @@ class RefitConfig:
     `pause` (wait, abort, keep) says what a commit does to requests under way, `kv_cache` (clear, keep) what it does to
     keys and values that the old weights computed. A round that failed without the loss of a generator is repeated
     `retries` times.
+
+    With `delta` only elements whose bits changed since the last refit travel; trainers and engines keep a copy each of
+    what they sent and received then.
     """
 
     backend: str = "gloo"
     transport: str = "auto"
     bulk: str = "p2p"
+    delta: bool = False
     buffer_bytes: int = 64 * 2**20
     num_streams: int | None = None
     timeout_s: float = 120.0

@@ -326,6 +326,7 @@ class Coordinator:
             decided.reason,
             driver,
             self._config.cluster.line_bytes_per_s,
+            self._config.refit.delta,
         )
         return record_round(session.plan_record, seen)
 

@@ -16,10 +16,17 @@ GEN_BYTES_PER_PARAM = 6
 """Weights 2, the staged version 2, one copy while vLLM processes it 2."""
 
 
+DELTA_BYTES_PER_PARAM = 2
+"""What each side keeps of the last refit, with `refit.delta`."""
+
+
 def needed_bytes(config: JobConfig, num_params: int) -> int:
     """Peak of all processes of the job. Weights count once per data-parallel copy and once per replica."""
     train = config.policy.world_size * (TRAIN_RANK_BYTES + 2 * config.num_streams * MIB)
     train += config.policy.data_parallel * num_params * TRAIN_BYTES_PER_PARAM
     workers = config.generation.world_size if config.generation.workers_per_replica > 1 else 0
     gen = config.generation.replicas * (ENGINE_BYTES + num_params * GEN_BYTES_PER_PARAM)
+    if config.refit.delta:
+        copies = config.policy.data_parallel + config.generation.replicas
+        gen += copies * num_params * DELTA_BYTES_PER_PARAM
     return DRIVER_BYTES + RAY_BYTES + train + gen + workers * ENGINE_WORKER_BYTES

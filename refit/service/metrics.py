@@ -9,6 +9,7 @@
 | `ray_refit_rank_bytes` | gauge | `rank`, `direction`: sent, received or misc |
 | `ray_refit_rank_bytes_per_s` | gauge | `rank` |
 | `ray_refit_line_share` | gauge | `rank`; only with `cluster.nic_gbps` |
+| `ray_refit_delta_share` | gauge | only with `refit.delta` |
 | `ray_refit_bound_ratio` | gauge | |
 | `ray_refit_extra_memory_bytes` | gauge | `kind`: buffers or staging |
 | `ray_refit_straggler_seconds` | gauge | `rank` |
@@ -45,6 +46,7 @@ class JobMetrics:
         )
         self._rate = Gauge("refit_rank_bytes_per_s", "Rate of a rank while it moved bulk.", ("rank",))
         self._line_share = Gauge("refit_line_share", "That rate over the line rate.", ("rank",))
+        self._delta_share = Gauge("refit_delta_share", "Bytes of bulk sent over what all of it is.")
         self._bound = Gauge("refit_bound_ratio", "Busiest link of the plan over its lower bound.")
         self._memory = Gauge(
             "refit_extra_memory_bytes", "Most extra memory of a rank in the last refit.", ("kind",)
@@ -67,6 +69,8 @@ class JobMetrics:
             self._seconds.observe(seconds, {"phase": phase})
         self._set_ranks(refit)
         self._bound.set(refit.bound_ratio)
+        if refit.delta_share is not None:
+            self._delta_share.set(refit.delta_share)
         self._memory.set(refit.peak_extra_bytes, {"kind": "buffers"})
         self._memory.set(refit.staged_bytes, {"kind": "staging"})
         if refit.digests_differing:

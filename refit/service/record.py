@@ -54,6 +54,7 @@ class RefitStepRecord:
     straggler_s: float = 0.0
     digests_compared: int = 0
     line_share: float | None = None
+    delta_share: float | None = None
 
     @classmethod
     def of(cls, refit: RefitRecord, verified: bool | None) -> RefitStepRecord:

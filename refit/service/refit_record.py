@@ -32,9 +32,10 @@ FINALIZE, NO_STAGE = "finalize", -1
 class RankRecord:
     """One rank's share. `late_s` is how much later than the first rank it began; `spans` count from that first rank.
 
-    `staged_bytes` is the memory of the new version beside the old one (0 on trainers). `bytes_per_s` is what went over
-    the busier direction of its network while it moved bulk, packing and waiting included (None if it moved none), and
-    `line_share` that over the line rate, where the configuration says what that is.
+    `bytes_sent` and `bytes_received` are those of the plan, `wire_bytes_sent` and `wire_bytes_received` what had to
+    travel: with deltas fewer. `staged_bytes` is the memory of the new version beside the old one (0 on trainers).
+    `bytes_per_s` is what went over the busier direction of its network while it moved bulk, packing and waiting
+    included (None if it moved none), and `line_share` that over the line rate, where the configuration says what it is.
     """
 
     rank: int
@@ -42,6 +43,8 @@ class RankRecord:
     late_s: float
     bytes_sent: int
     bytes_received: int
+    wire_bytes_sent: int
+    wire_bytes_received: int
     misc_bytes: int
     seconds: Mapping[str, float]
     peak_extra_bytes: int
@@ -61,11 +64,12 @@ class RefitRecord:
     """One attempt to bring a version to all replicas.
 
     `bulk_bytes` and `misc_bytes` count each element of the model once, `wire_bytes` what all trainers sent point to
-    point. `bound_ratio` is the time of the plan's busiest link over that of the best direct plan. `line_share` is the
-    share of the line rate that the busiest rank's network had, from the first rank's start of bulk to the last one's
-    end; None where no line rate is configured. `straggler` is the rank with the most of its own to do, `straggler_s` by
-    how much more than the median rank. Digests are compared per tensor and generator rank. `reason` is empty when
-    `committed`. `replicas` and `incidents` say what each replica serves afterwards and what went wrong on the way.
+    point, and `delta_share` is that over what they would have sent without deltas (None where deltas are off).
+    `bound_ratio` is the time of the plan's busiest link over that of the best direct plan. `line_share` is the share of
+    the line rate that the busiest rank's network had, from the first rank's start of bulk to the last one's end; None
+    where no line rate is configured. `straggler` is the rank with the most of its own to do, `straggler_s` by how much
+    more than the median rank. Digests are compared per tensor and generator rank. `reason` is empty when `committed`.
+    `replicas` and `incidents` say what each replica serves afterwards and what went wrong on the way.
     """
 
     version: int
@@ -88,6 +92,7 @@ class RefitRecord:
     committed: bool
     reason: str
     line_share: float | None = None
+    delta_share: float | None = None
     replicas: Mapping[str, str] = field(default_factory=dict)
     incidents: tuple[str, ...] = ()
     ranks: tuple[RankRecord, ...] = ()
@@ -150,7 +155,8 @@ class PlanRecord:
 class Round:
     """What the coordinator has seen of one attempt. `reports` by joint rank, `finished` by generator rank.
 
-    `line_bytes_per_s` is the line rate of a rank's network in one direction, None if nobody said it.
+    `line_bytes_per_s` is the line rate of a rank's network in one direction, None if nobody said it. `is_delta`: what
+    had not changed was left out.
     """
 
     version: int
@@ -161,6 +167,7 @@ class Round:
     reason: str
     driver: Mapping[str, float]
     line_bytes_per_s: float | None = None
+    is_delta: bool = False
     replicas: Mapping[str, str] = field(default_factory=dict)
     incidents: tuple[str, ...] = ()
 
@@ -217,7 +224,7 @@ def record_round(plan: PlanRecord, seen: Round) -> RefitRecord:
         bulk_bytes=plan.bulk_bytes,
         misc_bytes=plan.misc_bytes,
         bulk_share=plan.bulk_bytes / (plan.bulk_bytes + plan.misc_bytes),
-        wire_bytes=sum(rank.bytes_sent for rank in ranks),
+        wire_bytes=sum(rank.wire_bytes_sent for rank in ranks),
         bound_ratio=plan.bound_ratio,
         peak_extra_bytes=max(rank.peak_extra_bytes for rank in ranks),
         staged_bytes=max(rank.staged_bytes for rank in ranks),
@@ -228,6 +235,7 @@ def record_round(plan: PlanRecord, seen: Round) -> RefitRecord:
         committed=not seen.reason,
         reason=seen.reason,
         line_share=_line_share(ranks, seen.line_bytes_per_s),
+        delta_share=_delta_share(ranks) if seen.is_delta else None,
         replicas=dict(seen.replicas),
         incidents=seen.incidents,
         ranks=ranks,
@@ -247,7 +255,7 @@ def _rank_record(plan: PlanRecord, rank: int, seen: Round, first_s: float) -> Ra
     report, finished = seen.reports[rank], seen.finished.get(rank - plan.num_train)
     late_s = float(report["started_s"]) - first_s
     spans = [_later(Span(*span), late_s) for span in report["spans"]]
-    rate = _rate(max(report["bytes_sent"], report["bytes_received"]), spans)
+    rate = _rate(max(report["wire_bytes_sent"], report["wire_bytes_received"]), spans)
     seconds = dict(report["seconds"])
     if finished is not None:
         start_s = finished.started_s - first_s
@@ -259,6 +267,8 @@ def _rank_record(plan: PlanRecord, rank: int, seen: Round, first_s: float) -> Ra
         late_s=late_s,
         bytes_sent=report["bytes_sent"],
         bytes_received=report["bytes_received"],
+        wire_bytes_sent=report["wire_bytes_sent"],
+        wire_bytes_received=report["wire_bytes_received"],
         misc_bytes=report["misc_bytes"],
         seconds=seconds,
         peak_extra_bytes=report["peak_extra_bytes"],
@@ -271,9 +281,15 @@ def _rank_record(plan: PlanRecord, rank: int, seen: Round, first_s: float) -> Ra
 
 def _line_share(ranks: Sequence[RankRecord], line_bytes_per_s: float | None) -> float | None:
     """That of the busiest direction of any rank, over the time from the first start of bulk to its last end."""
-    busiest = max(max(rank.bytes_sent, rank.bytes_received) for rank in ranks)
+    busiest = max(max(rank.wire_bytes_sent, rank.wire_bytes_received) for rank in ranks)
     rate = _rate(busiest, [span for rank in ranks for span in rank.spans])
     return None if rate is None or line_bytes_per_s is None else rate / line_bytes_per_s
+
+
+def _delta_share(ranks: Sequence[RankRecord]) -> float | None:
+    """Bytes on the wire over planned bytes; None where no bulk was planned."""
+    planned = sum(rank.bytes_sent for rank in ranks)
+    return sum(rank.wire_bytes_sent for rank in ranks) / planned if planned else None
 
 
 def _rate(num_bytes: int, spans: Sequence[Span]) -> float | None:

@@ -114,6 +114,7 @@ def terms_of(config: JobConfig, num_replicas: int) -> Terms:
         backend=config.refit.backend,
         transport=config.refit.transport,
         bulk=config.refit.bulk,
+        delta=config.refit.delta,
         num_streams=config.num_streams,
         timeout_s=config.refit.timeout_s,
     )

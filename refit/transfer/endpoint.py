@@ -7,15 +7,15 @@
     for name, tensor in endpoint.receive_misc():   on generators
     endpoint.put_report()
     endpoint.decision() -> commit or not           on generators
+    endpoint.committed()                           on generators, once the version serves
 
 A failure of any step is reported to everybody before it is raised, as RefitFailed with the root cause. The endpoint is
 then of no more use: prepare again under a new run id.
 """
 
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -34,9 +34,12 @@ from refit.plan import (
 from refit.plan.dtypes import can_cast
 from refit.plan.naming import is_stacked
 from refit.transfer import bulk, golden
+from refit.transfer.attempt import Attempt
 from refit.transfer.broadcast import receive_packed, send_packed, to_wire
 from refit.transfer.bulk import StageJob
 from refit.transfer.compiled import compile_stage
+from refit.transfer.delta.base import Base, token_of
+from refit.transfer.delta.mover import DeltaMove
 from refit.transfer.digest import whole_digest
 from refit.transfer.errors import Failure, RefitFailed, TransportError
 from refit.transfer.groups import Groups, open_groups
@@ -76,6 +79,7 @@ class Endpoint:
         groups: Groups,
         watch: Watch,
         device: torch.device,
+        base: Base,
     ) -> None:
         self._control = control
         self._manifest = manifest
@@ -83,6 +87,7 @@ class Endpoint:
         self._groups = groups
         self._watch = watch
         self._device = device
+        self._base = base
         self.plan = plan
         self.rank = joint_rank(manifest, plan)
         self.who = who(manifest)
@@ -90,14 +95,21 @@ class Endpoint:
         dtypes = {spec.name: spec.dtype for spec in manifest.params}
         self._stages = [
             compile_stage(
-                plan, stage, self.rank, dtypes, device, gathers=groups.stages[stage.stage].transport.gathers
+                plan,
+                stage,
+                self.rank,
+                dtypes,
+                device,
+                gathers=groups.stages[stage.stage].transport.gathers and not inputs.delta,
             )
             for stage in plan.rank_plan(self.rank).stages
         ]
+        if inputs.delta:
+            base.fit(manifest, plan)
         self._workspaces = [Workspace() for _ in range(inputs.num_streams)]
         self._misc_specs = misc_specs(plan)
         self._chunk_bytes = min(MISC_CHUNK_BYTES, inputs.options.bucket_bytes)
-        self._attempt = _Attempt(0, 0, 0.0, 0.0, 0.0)
+        self._attempt = Attempt(0, 0, 0.0, 0.0, 0.0)
         self._phase = "prepare"
 
     @classmethod
@@ -107,13 +119,17 @@ class Endpoint:
         manifest: RankManifest,
         timeout_s: float,
         device: torch.device | None = None,
+        base: Base | None = None,
     ) -> "Endpoint":
-        """Publish the manifest, agree on the plan, open the groups. `timeout_s` bounds the whole of it."""
+        """Publish the manifest, agree on the plan, open the groups. `timeout_s` bounds the whole of it.
+
+        `base` is what this rank kept of refits under a plan before; only of use where the coordinator asks for deltas.
+        """
         device = torch.device("cpu") if device is None else device
         deadline = time.monotonic() + timeout_s
         with ExitStack() as undo:
             try:
-                endpoint = cls._prepared(control, manifest, deadline, device, undo)
+                endpoint = cls._prepared(control, manifest, deadline, device, base or Base(), undo)
                 control.put(ready_key(endpoint.rank), OK)
             except RefitFailed:
                 raise
@@ -129,6 +145,7 @@ class Endpoint:
         manifest: RankManifest,
         deadline: float,
         device: torch.device,
+        base: Base,
         undo: ExitStack,
     ) -> "Endpoint":
         """All of `prepare` but saying that this rank is ready. `undo` closes what was opened if a later step fails."""
@@ -141,7 +158,7 @@ class Endpoint:
         undo.callback(groups.close)
         watch = Watch.start(control, rank, groups.abort)
         undo.callback(watch.close)
-        return cls(control, manifest, inputs, plan, groups, watch, device)
+        return cls(control, manifest, inputs, plan, groups, watch, device, base)
 
     @property
     def misc_names(self) -> tuple[str, ...]:
@@ -150,14 +167,13 @@ class Endpoint:
 
     def begin(self, version: int, attempt: int) -> None:
         """Start an attempt to bring `version` over. Its deadline, `timeout_s` from now, bounds every wait of it."""
-        self._attempt = _Attempt(
+        self._attempt = Attempt(
             version, attempt, time.monotonic() + self._inputs.timeout_s, time.time(), time.perf_counter()
         )
         self._control.raise_if_failed()  # after that, so that `decision` never answers for the attempt before
 
     def move_bulk(self, params: Mapping[str, Tensor]) -> BulkReport:
         """Move the bulk tensors between `params`, the live memory by ParamSpec name, of all ranks."""
-        mover = golden.move_stage if self._inputs.bulk == GOLDEN else bulk.move_stage
         with self.phase("bulk"):
             self._described.require(params)
             jobs = [
@@ -173,8 +189,11 @@ class Endpoint:
                 )
                 for number, stage in enumerate(self._stages)
             ]
-            report = run_lanes(jobs, mover, self._inputs.num_streams, self._end_round)
+            report = run_lanes(jobs, self._mover(params), self._inputs.num_streams, self._end_round)
             self._require_all_received(report)
+            if self._inputs.delta:
+                token = token_of(self._control.run_id, self._attempt.version, self._attempt.attempt)
+                self._base.end(params, token)
         self._attempt.bulk = report
         return report
 
@@ -203,22 +222,9 @@ class Endpoint:
 
     def put_report(self) -> RefitReport:
         """Publish what this rank did in this attempt."""
-        attempt = self._attempt
-        misc_s = 0.0 if attempt.misc is None else attempt.misc.stop_s - attempt.misc.start_s
-        report = RefitReport(
-            attempt.version,
-            attempt.started_s,
-            attempt.bulk.bytes_sent,
-            attempt.bulk.bytes_received,
-            attempt.misc_bytes,
-            {**attempt.bulk.seconds, "misc": misc_s},
-            attempt.bulk.digests,
-            attempt.misc_digests,
-            attempt.bulk.peak_extra_bytes,
-            attempt.spans(),
-        )
+        report = self._attempt.report()
         with self.phase("report"):
-            self._control.put(report_key(attempt.attempt, self.rank), report.message())
+            self._control.put(report_key(self._attempt.attempt, self.rank), report.message())
         return report
 
     def decision(self) -> tuple[bool, str]:
@@ -233,6 +239,10 @@ class Endpoint:
             if not isinstance(message, dict) or set(message) != {"commit", "reason"}:
                 raise TransportError(f"the decision must have the keys commit and reason, got {message!r}")
             return message["commit"] is True, str(message["reason"])
+
+    def committed(self) -> None:
+        """This generator serves the version of this attempt: the next one may be told by what changed since."""
+        self._base.committed()
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -256,6 +266,13 @@ class Endpoint:
     def _deadline(self) -> float:
         assert self._attempt.deadline, "call begin(version, attempt) before a step of a refit"
         return self._attempt.deadline
+
+    def _mover(self, params: Mapping[str, Tensor]) -> Callable[[StageJob], BulkReport]:
+        if self._inputs.bulk == GOLDEN:
+            return golden.move_stage
+        if not self._inputs.delta:
+            return bulk.move_stage
+        return DeltaMove(self._base, self._base.begin(params)).move_stage
 
     def _end_round(self, error: Exception) -> Failure:
         """Report first, then close the connections: so peers that see them close find the cause already there."""
@@ -283,29 +300,6 @@ class Endpoint:
         )
         assert report.bytes_received == wanted, (
             f"{self.who} received {report.bytes_received} of {wanted} bytes"
-        )
-
-
-@dataclass(slots=True)
-class _Attempt:
-    """What has been done so far in one attempt. `began` is the time.perf_counter() of `started_s`."""
-
-    version: int
-    attempt: int
-    deadline: float
-    started_s: float
-    began: float
-    bulk: BulkReport = field(default_factory=BulkReport)
-    misc_bytes: int = 0
-    misc: Span | None = None
-    misc_digests: dict[str, int] = field(default_factory=dict)
-
-    def spans(self) -> tuple[Span, ...]:
-        """All spans, in seconds since the attempt began."""
-        found = self.bulk.spans if self.misc is None else (*self.bulk.spans, self.misc)
-        return tuple(
-            replace(span, start_s=span.start_s - self.began, stop_s=span.stop_s - self.began)
-            for span in found
         )
 
 

@@ -77,12 +77,15 @@ class Inputs:
     timeout_s: float
     digest: str
     transport: str = AUTO
+    delta: bool = False
 
     def __post_init__(self) -> None:
         if self.transport not in TRANSPORTS:
             raise TransportError(f"transport is {self.transport!r}; it can be one of {', '.join(TRANSPORTS)}")
         if self.bulk not in (P2P, GOLDEN):
             raise TransportError(f"bulk is {self.bulk!r}; it can be {P2P!r} or {GOLDEN!r}")
+        if self.delta and self.bulk != P2P:
+            raise TransportError(f"delta needs bulk {P2P!r}, got {self.bulk!r}: only parcels have a base")
         if self.num_streams < 1:
             raise TransportError(
                 f"num_streams is {self.num_streams}; at least 1 is needed (NRL_REFIT_NUM_STREAMS)"
@@ -109,6 +112,7 @@ class Inputs:
             "timeout_s": self.timeout_s,
             "digest": self.digest,
             "transport": self.transport,
+            "delta": self.delta,
         }
 
     @classmethod
@@ -125,13 +129,16 @@ class Inputs:
 class RefitReport:
     """What one joint rank did in one attempt. digests[tensor][dst_rank]; misc_digests[hf_name].
 
-    `started_s` is time.time() when the rank began; `spans` count from there, with "misc" as one more phase.
+    `wire_bytes_sent` and `wire_bytes_received` are those of bulk that went over the wire: fewer than the payload with
+    deltas. `started_s` is time.time() when the rank began; `spans` count from there, with "misc" as one more phase.
     """
 
     version: int
     started_s: float
     bytes_sent: int
     bytes_received: int
+    wire_bytes_sent: int
+    wire_bytes_received: int
     misc_bytes: int
     seconds: Mapping[str, float]
     digests: Mapping[str, Mapping[int, int]]
@@ -145,6 +152,8 @@ class RefitReport:
             "started_s": self.started_s,
             "bytes_sent": self.bytes_sent,
             "bytes_received": self.bytes_received,
+            "wire_bytes_sent": self.wire_bytes_sent,
+            "wire_bytes_received": self.wire_bytes_received,
             "misc_bytes": self.misc_bytes,
             "seconds": dict(self.seconds),
             "digests": {

@@ -25,6 +25,9 @@ class Span:
 class BulkReport:
     """Bytes are payload (elements times wire item size, no padding). Seconds add up over the streams of the rank.
 
+    `wire_bytes_sent` and `wire_bytes_received` are those that a delta had to move, its lengths included; without deltas
+    the payload.
+
     digests[tensor][dst_rank]: on a trainer of what it sent there, on a generator of what it now holds (its own rank).
     `spans` of one lane do not overlap and follow each other in time.
     """
@@ -35,6 +38,8 @@ class BulkReport:
     digests: Mapping[str, Mapping[int, int]] = field(default_factory=dict)
     peak_extra_bytes: int = 0
     spans: tuple[Span, ...] = ()
+    wire_bytes_sent: int = 0
+    wire_bytes_received: int = 0
 
     def placed(self, stage: int, lane: int) -> "BulkReport":
         """The same report with its spans labelled."""
@@ -42,7 +47,10 @@ class BulkReport:
 
 
 class Tally:
-    """The running sums behind a BulkReport. One thread at a time."""
+    """The running sums behind a BulkReport. One thread at a time.
+
+    `saved_bytes_sent` and `saved_bytes_received`: by how much fewer bytes than the payload's went over the wire.
+    """
 
     def __init__(self) -> None:
         self.bytes_sent = 0
@@ -51,6 +59,8 @@ class Tally:
         self.digests: dict[str, dict[int, int]] = {}
         self.peak_extra_bytes = 0
         self.spans: list[Span] = []
+        self.saved_bytes_sent = 0
+        self.saved_bytes_received = 0
 
     def add_digest(self, tensor: str, dst_rank: int, value: int) -> None:
         """Add a part's digest; parts of one (tensor, dst_rank) sum up to the digest of all of it."""
@@ -78,6 +88,8 @@ class Tally:
             self.digests,
             self.peak_extra_bytes,
             condensed(self.spans, MAX_STAGE_SPANS),
+            self.bytes_sent - self.saved_bytes_sent,
+            self.bytes_received - self.saved_bytes_received,
         )
 
 
@@ -113,6 +125,8 @@ def merged(reports: Sequence[BulkReport], peak_extra_bytes: int) -> BulkReport:
     for report in reports:
         tally.bytes_sent += report.bytes_sent
         tally.bytes_received += report.bytes_received
+        tally.saved_bytes_sent += report.bytes_sent - report.wire_bytes_sent
+        tally.saved_bytes_received += report.bytes_received - report.wire_bytes_received
         for phase, seconds in report.seconds.items():
             tally.seconds[phase] += seconds
         for tensor, by_rank in report.digests.items():

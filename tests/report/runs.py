@@ -60,7 +60,9 @@ def rank_report(version, rank):
     seconds = {own: length * len(lanes), "wire": 0.01 * len(lanes), "misc": 0.001}
     sent = sum(num_bytes for src, _, num_bytes in LINKS if src == rank)
     received = sum(num_bytes for _, dst, num_bytes in LINKS if dst == rank)
-    return RefitReport(version, 50.0, sent, received, 64, seconds, {"a": {rank: 1}}, {}, 128, spans).message()
+    return RefitReport(
+        version, 50.0, sent, received, sent, received, 64, seconds, {"a": {rank: 1}}, {}, 128, spans
+    ).message()
 
 
 def step_record(number, refit):

@@ -91,6 +91,18 @@ def test_the_traffic_matrix_shows_each_link(folder):
     assert sum(num_bytes for _, _, num_bytes in LINKS) == sum(map(sum, heat.z))
 
 
+def test_the_share_of_bulk_that_deltas_sent_is_told_by_refit_and_as_a_whole(tmp_path):
+    folder = recorded_run(tmp_path)
+    lines = [json.loads(line) for line in (folder / "refits.jsonl").read_text().splitlines()]
+    for line, share in zip(lines, (1.0, 0.0123, 0.0123), strict=False):
+        line["delta_share"] = share
+    (folder / "refits.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert main(["report", str(folder)]) == 0
+    text = Page((folder / "report.html").read_text()).text
+    assert re.search(r"1\.23 %\nof bulk sent as deltas, median", text)
+    assert text.count("1.23 %\n") == 3, "in the tile and in two rows"
+
+
 def test_the_timeline_has_a_row_per_rank_and_stream_and_a_bar_per_stretch(folder):
     refit = read_run(folder).reported[0]
     figure = charts.timeline(refit)

@@ -39,8 +39,14 @@ HYBRID = "policy.model=tiny-nemotron-h-dense"
 ONE_STAGE = "policy.pipeline_parallel=1"
 ADAPTER = ["policy.lora_rank=4", "policy.lora_refit=adapter", "refit.pause=keep"]
 
+BULK, DELTA = "+policy.nccl_xfer_refit=true", "refit.delta=true"
+
 REFUSALS = [
     # overrides, what the message must hold
+    ([DELTA], ["refit.delta = True: without bulk nothing is compared", "add +policy.nccl_xfer_refit=true"]),
+    ([BULK, DELTA, "refit.bulk=golden"], ["refit.delta = True: the golden path", "use refit.bulk=p2p"]),
+    ([BULK, DELTA, "refit.transport=cuda_ipc"], ["refit.delta = True: it compares weights in host memory"]),
+    ([BULK, DELTA, *ADAPTER], ["refit.delta = True: adapters go by broadcast", "policy.lora_refit=merged"]),
     (["policy.tensor_parallel=0"], ["policy.tensor_parallel = 0", "at least 1"]),
     (["generation.replicas=-1"], ["generation.replicas = -1", "at least 1"]),
     (["policy.lr=-1"], ["policy.lr = -1", "at least 0"]),

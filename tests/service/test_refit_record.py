@@ -30,7 +30,9 @@ PLAN = PlanRecord("abc", 2, 1, 900, 100, 3, 1, 1.25, "into gen rank 0", "out of 
 def report(started_s, sent=0, received=0, **seconds):
     spans = (Span("pack", 0, 1, 0.0, 0.25), Span("misc", -1, 0, 0.25, 0.5))
     digests = {"a": {2: 7}, "b": {2: 9}}
-    return RefitReport(5, started_s, sent, received, 100, seconds, digests, {"norm": 3}, 64, spans).message()
+    return RefitReport(
+        5, started_s, sent, received, sent, received, 100, seconds, digests, {"norm": 3}, 64, spans
+    ).message()
 
 
 def seen(reason="", num_differing=0):
@@ -88,6 +90,18 @@ def test_a_link_has_the_share_of_the_line_rate_that_its_bytes_had_of_the_time_bu
     rates = {rank.name: (rank.bytes_per_s, rank.line_share) for rank in record.ranks}
     assert rates == {"train 0": (3600.0, 0.5), "train 1": (None, None), "gen 0": (3600.0, 0.5)}
     assert record.line_share == pytest.approx(0.25)
+
+
+def test_with_deltas_the_plan_keeps_its_bytes_and_rates_are_of_those_that_travelled():
+    round_ = seen()
+    for number, key in ((0, "wire_bytes_sent"), (2, "wire_bytes_received")):
+        round_.reports[number][key] = 90
+    record = record_round(PLAN, dataclasses.replace(round_, line_bytes_per_s=7200.0, is_delta=True))
+    assert (record.bulk_bytes, record.ranks[0].bytes_sent, record.ranks[2].bytes_received) == (900, 900, 900)
+    assert (record.wire_bytes, record.delta_share) == (90, pytest.approx(0.1))
+    assert (record.ranks[0].bytes_per_s, record.ranks[0].line_share) == (360.0, 0.05)
+    assert record.line_share == pytest.approx(0.025)
+    assert record_round(PLAN, seen()).delta_share is None
 
 
 def test_without_a_line_rate_there_is_a_rate_and_no_share():

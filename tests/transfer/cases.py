@@ -2,6 +2,7 @@
 
 import random
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -81,14 +82,28 @@ def empty_params(manifest: RankManifest) -> dict[str, torch.Tensor]:
     }
 
 
+def few_changes(spec: TensorSpec, stored: str, seed: int, version: int) -> torch.Tensor:
+    """The same, but all zero bits except for one element in a hundred: two in a hundred differ from another version."""
+    full = torch.zeros(spec.shape, dtype=torch_dtype(stored))
+    generator = torch.Generator().manual_seed(zlib.crc32(f"{spec.name} {seed} {version} places".encode()))
+    chosen = torch.rand(spec.shape, generator=generator) < 0.01
+    as_bits(full)[chosen] = as_bits(full_tensor(spec, stored, seed, version))[chosen]
+    return full
+
+
 def fill_params(
-    params: dict[str, torch.Tensor], case: Case, manifest: RankManifest, seed: int, version: int
+    params: dict[str, torch.Tensor],
+    case: Case,
+    manifest: RankManifest,
+    seed: int,
+    version: int,
+    contents: Callable[[TensorSpec, str, int, int], torch.Tensor] = full_tensor,
 ) -> None:
     """Write every holding of a rank as it has to be at `version`: input of trainers, goal of generators."""
     stored = {spec.name: spec.dtype for rank in case.train.ranks for spec in rank.tensors}
     wanted = {spec.name: spec for rank in case.gen.ranks for spec in rank.tensors}
     for holding in manifest.holdings:
-        full = full_tensor(wanted[holding.tensor], stored[holding.tensor], seed, version)
+        full = contents(wanted[holding.tensor], stored[holding.tensor], seed, version)
         region = holding.region
         part = full[tuple(slice(*span) for span in zip(region.starts, region.stops, strict=True))]
         box = strided_box(params[holding.param], region.shape, holding.strides, holding.offset)

@@ -30,6 +30,7 @@ def prepare(
     num_streams: int = 2,
     timeout_s: float = 30.0,
     transport: str = AUTO,
+    delta: bool = False,
 ) -> None:
     """Lead `num_train + num_gen` endpoints through prepare. `timeout_s` is the one of the refits to come."""
     sides = []
@@ -37,7 +38,9 @@ def prepare(
         texts = [control.get(describe_key(side, rank), PREPARE_S) for rank in range(count)]
         sides.append(Manifest(side, tuple(decode_rank_manifest(str(text)) for text in texts)))
     plan = build_plan(sides[0], sides[1], options)
-    inputs = Inputs(sides[0], sides[1], options, "gloo", bulk, num_streams, timeout_s, plan.digest, transport)
+    inputs = Inputs(
+        sides[0], sides[1], options, "gloo", bulk, num_streams, timeout_s, plan.digest, transport, delta
+    )
     control.put(INPUTS, inputs.message())
     for rank in range(num_train + num_gen):
         assert control.get(digest_key(rank), PREPARE_S) == plan.digest

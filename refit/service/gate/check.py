@@ -15,6 +15,7 @@ from typing import Any
 from refit.plan.errors import ConfigError
 from refit.service.config import JobConfig
 from refit.service.gate import layouts
+from refit.service.gate.delta import deltas
 from refit.service.gate.lora import lora
 from refit.service.gate.model import read_facts
 from refit.service.gate.precision import precisions
@@ -30,7 +31,7 @@ def check(config: JobConfig, model_config: Mapping[str, Any] | None, environment
     `model_config` is what `read_model_config` found; None stands for a folder without a readable config.
     """
     case = _case(config, model_config, environment)
-    rules = (*RULES, layouts.stages, layouts.experts, precisions, lora)
+    rules = (*RULES, layouts.stages, layouts.experts, precisions, lora, deltas)
     found = list(sizes(case)) or [violation for rule in rules for violation in rule(case)]
     if found:
         lines = "".join(f"\n  - {violation}" for violation in found)
