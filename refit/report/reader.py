@@ -38,7 +38,7 @@ def read_run(folder: Path) -> Run:
     """
     if not (folder / STEPS_FILE).is_file():
         raise ConfigError(
-            f"{folder} holds no {STEPS_FILE}: give the run_dir of a job, for example runs/latest"
+            f"{folder} holds no {STEPS_FILE}: give the run_dir of a job; its log says 'files in RUN_DIR'"
         )
     plans = [_document(path) for path in sorted((folder / PLANS_FOLDER).glob("*.json"))]
     run = Run(
