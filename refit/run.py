@@ -28,7 +28,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from refit.plan.errors import ConfigError, PlanError
-from refit.service.config import JobConfig, apply_environment, known_keys, nearest_key
+from refit.service.config import JobConfig, apply_environment, known_keys, nearest_key, what_it_takes
 from refit.transfer.errors import RefitFailed, TransportError
 
 SHARED_CONFIGS = Path("share", "refit", "configs")  # below the environment that a wheel was installed into
@@ -109,7 +109,7 @@ def _require_known_keys(overrides: Sequence[str]) -> None:
     try:
         parsed = OverridesParser.create().parse_overrides(list(overrides))
     except HydraException as error:
-        raise ConfigError(_one_message(error)) from error
+        raise ConfigError(f"{_one_message(error)}; write key=value, +key=value or ++key=value") from error
     for override in parsed:
         key = override.key_or_group
         if override.is_delete():
@@ -125,7 +125,7 @@ def _require_known_keys(overrides: Sequence[str]) -> None:
 
 
 def _one_message(error: BaseException) -> str:
-    """Hydra's or OmegaConf's message and its cause, on one line, without their internals; with the nearest key."""
+    """Hydra's or OmegaConf's message and its cause, on one line, without their internals; and the way out."""
     lines = [line for text in (str(error), str(error.__cause__ or "")) for line in text.splitlines()]
     shown = [
         line.strip() for line in lines if line.strip() and not re.match(r"\s*(\w+_type=|See https)", line)
@@ -136,6 +136,8 @@ def _one_message(error: BaseException) -> str:
     if unknown is not None:
         key = full_key.group(1) if full_key is not None else unknown.group(1)
         message = f"there is no key {key!r}; did you mean {nearest_key(key)!r}? ({message})"
+    elif full_key is not None and what_it_takes(full_key.group(1)):
+        message += f"; {what_it_takes(full_key.group(1))}"
     return message
 
 

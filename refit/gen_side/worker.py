@@ -12,7 +12,7 @@ class RefitWorker:
     """Mixed into vLLM's worker class by vLLM itself; reached with `collective_rpc("refit_...")`."""
 
     def refit_status(self) -> dict[str, Any]:
-        """{"state": "serving" | "staging" | "failed", "version": int | None, "reason": str} of this worker."""
+        """What `RefitWeightTransferEngine.status` says of this worker; "state" is serving, staging or broken."""
         return self.weight_transfer_engine.status()
 
     def refit_finish(self, attempt: int, commit: bool, adapters: bool) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,13 @@ from refit.plan.errors import ConfigError
 
 STEPS_FILE, REFITS_FILE, PLANS_FOLDER = "steps.jsonl", "refits.jsonl", "plans"
 SUMMARY_FILE, CONFIG_FILE = "summary.json", "config.json"
+STEP_KEYS = ("step", "reward", "reward_stdev", "gen_kl", "train", "refit")
+REFIT_KEYS = (
+    *("version", "attempt", "plan", "committed", "reason", "incidents", "seconds", "total_s", "ranks"),
+    *("bulk_bytes", "misc_bytes", "line_share", "straggler", "straggler_s"),
+    *("digests_compared", "digests_differing"),
+)
+PLAN_KEYS = ("digest", "num_train", "num_gen", "links")
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,19 +39,19 @@ class Run:
 
 
 def read_run(folder: Path) -> Run:
-    """Read a run folder. Raises ConfigError where it is none, or a file of it is broken in the middle.
+    """Read a run folder. Raises ConfigError where it is none, or a file of it is broken in the middle or another's.
 
     The last line of a file may be half written while the run goes on; it is then left out.
     """
     if not (folder / STEPS_FILE).is_file():
         raise ConfigError(
-            f"{folder} holds no {STEPS_FILE}: give the run_dir of a job, for example runs/latest"
+            f"{folder} holds no {STEPS_FILE}: give the run_dir of a job; its log says 'files in RUN_DIR'"
         )
-    plans = [_document(path) for path in sorted((folder / PLANS_FOLDER).glob("*.json"))]
+    plans = [_document(path, PLAN_KEYS) for path in sorted((folder / PLANS_FOLDER).glob("*.json"))]
     run = Run(
         folder=folder,
-        steps=_lines(folder / STEPS_FILE),
-        refits=_lines(folder / REFITS_FILE),
+        steps=_lines(folder / STEPS_FILE, STEP_KEYS),
+        refits=_lines(folder / REFITS_FILE, REFIT_KEYS),
         plans={plan["digest"]: plan for plan in plans},
         summary=_document(folder / SUMMARY_FILE),
         config=_document(folder / CONFIG_FILE),
@@ -54,26 +61,34 @@ def read_run(folder: Path) -> Run:
     return run
 
 
-def _lines(path: Path) -> tuple[Mapping[str, Any], ...]:
+def _lines(path: Path, keys: Sequence[str]) -> tuple[Mapping[str, Any], ...]:
     if not path.is_file():
         return ()
-    found: list[Mapping[str, Any]] = []
     texts = path.read_text().split("\n")
-    for number, text in enumerate(texts, start=1):
-        if not text or number == len(texts):
-            continue  # what follows the last line end is not a whole line
-        try:
-            found.append(json.loads(text))
-        except json.JSONDecodeError as error:
-            raise ConfigError(f"{path} line {number} is not JSON: {error}") from error
-    return tuple(found)
+    return tuple(
+        _parsed(text, f"{path} line {number}", keys)
+        for number, text in enumerate(texts, start=1)
+        if text and number < len(texts)  # what follows the last line end is not a whole line
+    )
 
 
-def _document(path: Path) -> Mapping[str, Any]:
-    if not path.is_file():
-        return {}
+def _document(path: Path, keys: Sequence[str] = ()) -> Mapping[str, Any]:
+    return _parsed(path.read_text(), str(path), keys) if path.is_file() else {}
+
+
+def _parsed(text: str, where: str, keys: Sequence[str]) -> Mapping[str, Any]:
+    """A JSON object with all of `keys`."""
     try:
-        document: Mapping[str, Any] = json.loads(path.read_text())
+        found = json.loads(text)
     except json.JSONDecodeError as error:
-        raise ConfigError(f"{path} is not JSON: {error}") from error
+        raise ConfigError(f"{where} is not JSON: {error}") from error
+    missing = (
+        [key for key in keys if key not in found] if isinstance(found, dict) else ["the form of an object"]
+    )
+    if missing:
+        raise ConfigError(
+            f"{where} is not what this version of refit writes, it lacks {', '.join(missing)}: "
+            "make the page with the version that ran the job, or move the file away"
+        )
+    document: Mapping[str, Any] = found
     return document

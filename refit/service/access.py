@@ -16,11 +16,15 @@ from typing import Any
 
 from refit.gen_side.live.desk import RUN_ID as DESK
 from refit.plan import ConfigError
+from refit.service.gate.check import answers
 from refit.service.http_engine import HttpEngine
 from refit.service.reader import TIMEOUT_S, JobEngine, Reader, ServerEngine
+from refit.transfer.errors import TransportError
 from refit.transfer.rendezvous import ControlStore
 
 FILE = "control.json"
+RUNS = Path("runs")  # where configs/default.yaml puts run folders
+WAY_OUT = "give --run-dir of a running job, or --server URL of a vLLM server"
 LOOPBACK = "127.0.0.1"
 JOIN_S = 5.0
 STEP_S = 1800.0  # longest wait for a job to come to the end of a step
@@ -39,19 +43,42 @@ class JobAddress:
 
     @classmethod
     def of(cls, run_dir: Path) -> JobAddress:
-        """Raises ConfigError when no job runs there."""
+        """Raises ConfigError when no job runs there, or its file is not what a job writes."""
         try:
             return cls(**json.loads((run_dir / FILE).read_text()))
         except OSError as error:
             raise ConfigError(
-                f"no job runs in {run_dir}: it has no {FILE} ({error.strerror}); give --run-dir of a running job, or "
-                "--server URL of a vLLM server"
+                f"no job runs in {run_dir}: it has no {FILE} ({error.strerror}); {WAY_OUT}"
             ) from error
+        except (ValueError, TypeError) as error:
+            raise ConfigError(
+                f"{run_dir / FILE} is not what a job of this version writes: {error}; {WAY_OUT}"
+            ) from error
+
+    @property
+    def is_running(self) -> bool:
+        """Whether somebody listens where the job's control store was; a killed job leaves its file behind."""
+        return answers(self.store)
 
     def join(self) -> ControlStore:
         """Raises TransportError when the job is gone without having removed its file."""
+        if (
+            not self.is_running
+        ):  # the store itself would try for as long as it may, and say so on standard error
+            raise TransportError(f"no control store answers at {self.store}: that job has ended; {WAY_OUT}")
         host, _, port = self.store.rpartition(":")
         return ControlStore.join(host, int(port), f"reader-{secrets.token_hex(4)}", JOIN_S)
+
+
+def only_running_job(runs: Path = RUNS) -> Path:
+    """The folder of the job that runs with a run folder in `runs`. Raises ConfigError unless there is exactly one."""
+    folders = sorted(file.parent for file in runs.glob(f"*/{FILE}"))
+    found = [folder for folder in folders if JobAddress.of(folder).is_running]
+    if not found:
+        raise ConfigError(f"no job runs in a folder of {runs.resolve()}; {WAY_OUT}")
+    if len(found) > 1:
+        raise ConfigError(f"{len(found)} jobs run, in {', '.join(map(str, found))}; give --run-dir of one")
+    return found[0]
 
 
 @contextlib.contextmanager

@@ -76,15 +76,27 @@ class VerifyReport:
 
     `mismatches` are tensors whose live elements differ; `changed_params` names, per generator rank, live parameters
     whose bytes are no longer those of the commit (found also where vLLM packs a layout that cannot be digested).
+    `silent` are the generator ranks that should hold something and gave no digest at all, as before the first commit:
+    nothing is known of them. `num_compared` counts the digests that both sides gave.
     """
 
     mismatches: tuple[Mismatch, ...]
     changed_params: tuple[tuple[int, str], ...]
     params_sha256: tuple[Mapping[str, str], ...]
+    silent: tuple[int, ...] = ()
+    num_compared: int = 0
 
     @property
     def ok(self) -> bool:
-        return not self.mismatches and not self.changed_params
+        """Every rank was compared, and nothing differs."""
+        return not self.findings
+
+    @property
+    def findings(self) -> tuple[str, ...]:
+        """What is wrong, in words."""
+        changed = [f"{param} on gen rank {rank} has changed" for rank, param in self.changed_params]
+        silent = [f"gen rank {rank} gave no digest: it has committed no refit" for rank in self.silent]
+        return (*map(str, self.mismatches), *changed, *silent)
 
 
 def agree_on_plan(control: ControlStore, terms: Terms, before: Plan | None = None) -> Plan:
@@ -204,12 +216,18 @@ def judge_audit(
     """
     trainers = [{"digests": digests} for digests in trained]
     mismatches: list[Mismatch] = []
+    silent: list[int] = []
+    num_compared = 0
     for gen_rank, found in audited.items():
         sent, live = sent_digests(trainers, plan.num_train + gen_rank), found["digests"]
-        mismatches += compare(gen_rank, {name: sent[name] for name in sent if name in live}, live)
+        shared = {name: sent[name] for name in sent if name in live}
+        mismatches += compare(gen_rank, shared, live)
+        num_compared += len(shared)
+        silent += [gen_rank] if sent and not live else []
     changed = tuple((rank, name) for rank, found in audited.items() for name in found["changed"])
     hashes = tuple(found["params_sha256"] for found in audited.values())
-    return VerifyReport(tuple(sorted(mismatches, key=str)), changed, hashes)
+    found_wrong = tuple(sorted(mismatches, key=str))
+    return VerifyReport(found_wrong, changed, hashes, tuple(sorted(silent)), num_compared)
 
 
 def sent_digests(trainers: Sequence[Any], rank: int) -> dict[str, str]:

@@ -46,10 +46,15 @@ def last_checkpoint(run_dir: Path) -> tuple[Path, int] | None:
     return None
 
 
-def way_out(run_dir: Path) -> str:
-    """How to go on after a job has ended early."""
+def way_out(run_dir: Path, started_s: float) -> str:
+    """How to go on after a job has ended early that began at `started_s`, by the clock of the run folder's files."""
     found = last_checkpoint(run_dir)
     if found is None:
         return "there is no checkpoint of this run (grpo.checkpoint_every)"
     folder, version = found
+    if (folder / VERSION_FILE).stat().st_mtime < started_s:
+        return (
+            f"there is no checkpoint of this run (grpo.checkpoint_every); {folder} is an earlier run's, of its "
+            f"version {version}"
+        )
     return f"the policy of version {version} is saved; go on from it with policy.model={folder}"

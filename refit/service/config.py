@@ -10,12 +10,12 @@ import dataclasses
 import difflib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from refit.plan.errors import ConfigError
 from refit.train_side.options import LORA_TARGETS
 
 GOLDEN_VARIABLE = "NRL_XFERDTENSOR_GOLDEN"
-NUM_STREAMS_VARIABLE = "NRL_REFIT_NUM_STREAMS"
 MAX_DEFAULT_STREAMS = 16
 ADAPTER = "adapter"
 LORA_REFITS = ("merged", ADAPTER)
@@ -216,6 +216,20 @@ def nearest_key(key: str, keys: Iterable[str] | None = None) -> str:
     """The valid key that looks most like `key`."""
     candidates = known_keys() if keys is None else tuple(keys)
     return difflib.get_close_matches(key, candidates, n=1, cutoff=0.0)[0]
+
+
+def what_it_takes(key: str) -> str:
+    """For example "refit.timeout_s takes float, 120.0 by default"; "" for a section and for no key at all."""
+    section, _, name = key.rpartition(".")
+    factories = {each.name: each.default_factory for each in dataclasses.fields(JobConfig)}
+    of: Any = factories.get(section)
+    keys = {each.name: each for each in dataclasses.fields(of)} if dataclasses.is_dataclass(of) else {}
+    if name not in keys or keys[name].default is dataclasses.MISSING:
+        return ""
+    default, kind = keys[name].default, str(keys[name].type).replace("None", "null")
+    if isinstance(default, tuple):
+        default, kind = f"[{','.join(default)}]", "a list such as [one,two]"
+    return f"{key} takes {kind}, {'null' if default is None else default} by default"
 
 
 def apply_environment(config: JobConfig, environ: Mapping[str, str]) -> JobConfig:

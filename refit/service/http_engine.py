@@ -9,6 +9,7 @@ vLLM offers the weight-transfer routes in development mode only: they are for a 
 
 from __future__ import annotations
 
+import http.client
 import json
 import time
 import urllib.error
@@ -16,6 +17,7 @@ import urllib.request
 from collections.abc import Mapping
 from typing import Any, Literal
 
+from refit.plan.errors import ConfigError
 from refit.transfer.errors import TransportError
 
 READY_POLL_S = 0.5
@@ -27,6 +29,8 @@ class HttpEngine:
     """One server. Every call has a time limit, and a failure names the address, the route and the answer."""
 
     def __init__(self, url: str, timeout_s: float = 120.0) -> None:
+        if not url.startswith(("http://", "https://")):
+            raise ConfigError(f"{url!r} is no address of a server; write http://HOST:PORT")
         self.url = url.rstrip("/")
         self._timeout_s = timeout_s
 
@@ -104,8 +108,21 @@ class HttpEngine:
             raise TransportError(
                 f"{method} {self.url}{route} answered {error.code}: {words}{hint}"
             ) from error
-        except OSError as error:
+        except TimeoutError as error:
             raise TransportError(
-                f"{method} {self.url}{route} got no answer within {self._timeout_s:.0f} s: {error}"
+                f"{method} {self.url}{route} got no answer within {self._timeout_s:.0f} s"
             ) from error
-        return json.loads(text) if text.strip() else {}
+        except (OSError, http.client.HTTPException) as error:
+            cause = error.reason if isinstance(error, urllib.error.URLError) else error
+            raise TransportError(
+                f"{method} {self.url}{route} failed: {cause!r}; is a vLLM server there?"
+            ) from error
+        return _document(text, f"{method} {self.url}{route}") if text.strip() else {}
+
+
+def _document(text: bytes, call: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        words = text[:80].decode(errors="replace")
+        raise TransportError(f"{call} answered no JSON: {words!r}; is a vLLM server there?") from error

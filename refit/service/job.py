@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import fcntl
 import json
 import os
 import platform
@@ -50,7 +51,20 @@ def run_job(config: JobConfig, command: tuple[str, ...], stream: TextIO) -> dict
     model_config = read_model_config(config.policy.model)
     check(config, model_config, inspect_machine(config))
     assert model_config is not None, "the gate lets no job pass without a model"
-    run_dir = _make_run_dir(config, command)
+    with own_run_dir(config, command) as run_dir:
+        summary, record = _run_in(run_dir, config, model_config, stream)
+        summary["wall_s"] = round(time.monotonic() - started_s, 1)
+        try:
+            record.finish(summary)
+        except OSError as error:
+            print(f"refit: the summary could not be written: {error}", file=stream)
+    return summary
+
+
+def _run_in(
+    run_dir: Path, config: JobConfig, model_config: Mapping[str, Any], stream: TextIO
+) -> tuple[dict[str, Any], RunRecord]:
+    """The job itself: its summary but for the time that it took, and the open record of it."""
     with JobProgress.open(stream) as progress, ThreadPoolExecutor(1) as background:
         progress.say(_headline(config, run_dir))
         task = background.submit(Task.open, config.grpo.task, config.grpo.task_seed)
@@ -73,13 +87,7 @@ def run_job(config: JobConfig, command: tuple[str, ...], stream: TextIO) -> dict
             with progress.stepping(config.grpo.steps) as on_step:
                 on_step = _taking_diffs(on_step, config, cluster, coordinator)
                 steps = _run_to_the_end(loop, on_step, run_dir)
-    summary = _summary(config, steps, coordinator, run_dir, time.monotonic() - started_s)
-    summary["engines"] = engines
-    try:
-        record.finish(summary)
-    except OSError as error:
-        print(f"refit: the summary could not be written: {error}", file=stream)
-    return summary
+    return _summary(config, steps, coordinator, run_dir) | {"engines": engines}, record
 
 
 @contextlib.contextmanager
@@ -139,17 +147,39 @@ def _undisturbed() -> Iterator[None]:
             signal.signal(number, action)
 
 
-def _make_run_dir(config: JobConfig, command: tuple[str, ...]) -> Path:
+@contextlib.contextmanager
+def own_run_dir(config: JobConfig, command: tuple[str, ...]) -> Iterator[Path]:
+    """The run folder with config.json in it, made if need be, and inside no other job's.
+
+    Raises ConfigError when it cannot be written, or when a job that runs has it: two would write the same files. The
+    lock is the system's, on config.json, and goes with the process that has it.
+    """
     run_dir = Path(config.run_dir).resolve()
+    document = {"command": list(command), "config": dataclasses.asdict(config)}
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
+        file = (run_dir / CONFIG_FILE).open("a")
     except OSError as error:
-        raise ConfigError(
-            f"run_dir = {config.run_dir!r} cannot be made: {error}. Name another folder"
-        ) from error
-    document = {"command": list(command), "config": dataclasses.asdict(config)}
-    (run_dir / CONFIG_FILE).write_text(json.dumps(document, indent=2) + "\n")
-    return run_dir
+        raise ConfigError(_no_run_dir(config, error)) from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            problem = f"run_dir = {config.run_dir!r}: a job that still runs writes its files there"
+            raise ConfigError(f"{problem}. Name another folder, or wait for its end") from error
+        except OSError:
+            pass  # a file system without locks: two jobs in one folder are not found out there
+        try:
+            file.truncate(0)
+            file.write(json.dumps(document, indent=2) + "\n")
+            file.flush()
+        except OSError as error:
+            raise ConfigError(_no_run_dir(config, error)) from error
+        yield run_dir
+
+
+def _no_run_dir(config: JobConfig, error: OSError) -> str:
+    return f"run_dir = {config.run_dir!r} cannot be written: {error}. Name another folder"
 
 
 def _model_dir(config: JobConfig, run_dir: Path) -> Path:
@@ -202,7 +232,7 @@ def _run_to_the_end(
         failure = (
             error.failure if isinstance(error, RefitFailed) else Failure("job", "coordinator", str(error))
         )
-        message = f"{failure.message}; {way_out(run_dir)}"
+        message = f"{failure.message}; {way_out(run_dir, (run_dir / CONFIG_FILE).stat().st_mtime)}"
         raise RefitFailed(Failure(failure.phase, failure.who, message)) from error
     return steps
 
@@ -218,7 +248,7 @@ def _headline(config: JobConfig, run_dir: Path) -> str:
 
 
 def _summary(
-    config: JobConfig, steps: tuple[StepRecord, ...], coordinator: Coordinator, run_dir: Path, wall_s: float
+    config: JobConfig, steps: tuple[StepRecord, ...], coordinator: Coordinator, run_dir: Path
 ) -> dict[str, Any]:
     return {
         "path": config.path,
@@ -226,7 +256,6 @@ def _summary(
         "seed": config.policy.seed,
         "task": config.grpo.task,
         "plan": coordinator.plan.digest,
-        "wall_s": round(wall_s, 1),
         "run_dir": str(run_dir),
         "python": platform.python_version(),
     }

@@ -13,20 +13,26 @@ ENGINE_WORKER_BYTES = 1200 * MIB
 TRAIN_BYTES_PER_PARAM = 22
 """bf16 weights 2 and reference 2, float32 gradients 4 and masters 4, Adam 8, send buffers and a gather 2."""
 GEN_BYTES_PER_PARAM = 6
-"""Weights 2, the staged version 2, one copy while vLLM processes it 2."""
-
-
+"""Weights 2, the staged version 2, one copy while vLLM processes it 2. What streams take is beside that."""
+WIRE_BYTES_PER_PARAM = 2
 DELTA_BYTES_PER_PARAM = 2
 """What each side keeps of the last refit, with `refit.delta`."""
 
 
 def needed_bytes(config: JobConfig, num_params: int) -> int:
     """Peak of all processes of the job. Weights count once per data-parallel copy and once per replica."""
-    train = config.policy.world_size * (TRAIN_RANK_BYTES + 2 * config.num_streams * MIB)
+    train = config.policy.world_size * TRAIN_RANK_BYTES
     train += config.policy.data_parallel * num_params * TRAIN_BYTES_PER_PARAM
     workers = config.generation.world_size if config.generation.workers_per_replica > 1 else 0
-    gen = config.generation.replicas * (ENGINE_BYTES + num_params * GEN_BYTES_PER_PARAM)
+    replica = ENGINE_BYTES + num_params * GEN_BYTES_PER_PARAM + _receive_bytes(config, num_params)
+    gen = config.generation.replicas * replica
     if config.refit.delta:
         copies = config.policy.data_parallel + config.generation.replicas
         gen += copies * num_params * DELTA_BYTES_PER_PARAM
     return DRIVER_BYTES + RAY_BYTES + train + gen + workers * ENGINE_WORKER_BYTES
+
+
+def _receive_bytes(config: JobConfig, num_params: int) -> int:
+    """Buffers of one replica: two buckets a stream and worker, and never more than the whole version."""
+    buckets = 2 * config.num_streams * config.refit.buffer_bytes * config.generation.workers_per_replica
+    return min(buckets, num_params * WIRE_BYTES_PER_PARAM)

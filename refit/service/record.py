@@ -22,6 +22,7 @@ STEPS_FILE = "steps.jsonl"
 SUMMARY_FILE = "summary.json"
 REFITS_FILE = "refits.jsonl"
 PLANS_FOLDER = "plans"
+CURVES_FOLDER = "tensorboard"
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,13 +110,18 @@ class RunRecord:
 
     @classmethod
     def open(cls, run_dir: Path, metrics: Metrics | None = None) -> RunRecord:
-        """Start empty files in `run_dir`, which is made if need be. `metrics` hears of every record too."""
+        """Start empty files in `run_dir`, which is made if need be. `metrics` hears of every record too.
+
+        What an earlier run has left of these files goes: its summary and curves would pass for those of this run.
+        """
         from torch.utils.tensorboard import SummaryWriter
 
         run_dir.mkdir(parents=True, exist_ok=True)
+        for stale in (run_dir / SUMMARY_FILE, *(run_dir / CURVES_FOLDER).glob("events.out.tfevents.*")):
+            stale.unlink(missing_ok=True)
         for name in (STEPS_FILE, REFITS_FILE):
             (run_dir / name).write_text("")
-        return cls(run_dir, SummaryWriter(str(run_dir / "tensorboard")), metrics)  # type: ignore[no-untyped-call]
+        return cls(run_dir, SummaryWriter(str(run_dir / CURVES_FOLDER)), metrics)  # type: ignore[no-untyped-call]
 
     def add(self, record: StepRecord) -> None:
         """Append one step to the file, on disk before this returns, and to TensorBoard. OSError if it is full."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
+import json
 import shutil
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,11 @@ from refit.train_side.lowering.fp8_params import NUM_TERMS, BlockParam, BlockTas
 from refit.train_side.lowering.gtp import WholeWeights
 from refit.train_side.lowering.model import LoweredModel, param_name
 from refit.transfer.memory import torch_dtype
+from refit.transfer.precision.checkpoint import INDEX_FILE
 from refit.transfer.precision.fp8 import FP8_BLOCK
+
+FILE_BYTES = 5 * 10**9
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
 
 
 def export(
@@ -94,15 +100,57 @@ def _clipped(
                 yield each, weight
 
 
-def save(weights: Iterator[tuple[str, Tensor]], model_dir: Path, path: Path, rank: int) -> None:
-    """Rank 0 writes the tensors beside the config of the checkpoint that the model was built from."""
-    from safetensors.torch import save_file
+def save(
+    weights: Iterator[tuple[str, Tensor]],
+    model_dir: Path,
+    path: Path,
+    rank: int,
+    file_bytes: int = FILE_BYTES,
+) -> None:
+    """Rank 0 writes an HF checkpoint: the tensors, beside config and tokenizer of the one the model was built from.
 
-    kept = {name: weight.clone().contiguous() for name, weight in weights if rank == 0}
+    Tensors go into files of up to `file_bytes`, with an index where there are several, so that rank 0 has no more than
+    one such file in host memory.
+    """
     if rank != 0:
+        collections.deque(weights, maxlen=0)  # the export gathers over all trainers
         return
     path.mkdir(parents=True, exist_ok=True)
-    for config in ("config.json", "generation_config.json"):
-        if (model_dir / config).exists():
-            shutil.copyfile(model_dir / config, path / config)
-    save_file(kept, path / "model.safetensors", metadata={"format": "pt"})
+    for other in model_dir.iterdir():
+        if other.is_file() and not _holds_weights(other):
+            shutil.copyfile(other, path / other.name)
+    files = [_write(path, number, part) for number, part in enumerate(_parts(weights, file_bytes), start=1)]
+    places: dict[str, str] = {}
+    for number, (written, names) in enumerate(files, start=1):
+        several = f"model-{number:05}-of-{len(files):05}.safetensors"
+        name = "model.safetensors" if len(files) == 1 else several
+        written.rename(path / name)
+        places |= dict.fromkeys(names, name)
+    if len(files) > 1:
+        (path / INDEX_FILE).write_text(json.dumps({"metadata": {}, "weight_map": places}))
+
+
+def _holds_weights(file: Path) -> bool:
+    return file.suffix in WEIGHT_SUFFIXES or file.name.endswith(".index.json")
+
+
+def _parts(weights: Iterator[tuple[str, Tensor]], file_bytes: int) -> Iterator[dict[str, Tensor]]:
+    """Copies in host memory, as many as fit into a file; a larger tensor is a file of its own."""
+    part: dict[str, Tensor] = {}
+    size_bytes = 0
+    for name, weight in weights:
+        if part and size_bytes + weight.nbytes > file_bytes:
+            yield part
+            part, size_bytes = {}, 0
+        part[name] = weight.detach().to("cpu", copy=True).contiguous()
+        size_bytes += weight.nbytes
+    yield part
+
+
+def _write(path: Path, number: int, part: Mapping[str, Tensor]) -> tuple[Path, tuple[str, ...]]:
+    """A file, whose name waits for the number of all, and the tensors in it."""
+    from safetensors.torch import save_file
+
+    file = path / f"model-{number:05}.safetensors"
+    save_file(dict(part), file, metadata={"format": "pt"})
+    return file, tuple(part)

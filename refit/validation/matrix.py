@@ -17,6 +17,7 @@ unrunnable = ""                      # why this machine cannot run it, and what 
 
 from __future__ import annotations
 
+import difflib
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -110,9 +111,13 @@ def load_matrix(name: str) -> tuple[Case, ...]:
 
 def choose(cases: Sequence[Case], names: Sequence[str]) -> tuple[Case, ...]:
     """The named cases in matrix order, or all. Raises ConfigError for a name that is not there."""
-    unknown = [name for name in names if name not in {case.name for case in cases}]
+    known = [case.name for case in cases]
+    unknown = [name for name in names if name not in known]
     if unknown:
-        raise ConfigError(f"no case {unknown[0]!r}; `--list` shows the names")
+        nearest = difflib.get_close_matches(unknown[0], known, n=1, cutoff=0.0)[0]
+        raise ConfigError(
+            f"no case {unknown[0]!r} among the {len(known)} of this matrix; did you mean {nearest!r}? --list names all"
+        )
     return tuple(case for case in cases if not names or case.name in names)
 
 

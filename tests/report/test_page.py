@@ -180,6 +180,25 @@ def test_a_folder_without_a_run_and_a_broken_file_are_refused_by_name(tmp_path, 
     assert "refits.jsonl line 2" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("name", "text", "says"),
+    [
+        ("steps.jsonl", '{"reward": 1.0}\n', "steps.jsonl line 1 is not what this version of refit writes"),
+        ("refits.jsonl", "[3]\n", "refits.jsonl line 1 is not what"),
+        (
+            "plans/mine.json",
+            "{}",
+            "plans/mine.json is not what this version of refit writes, it lacks digest",
+        ),
+    ],
+)
+def test_a_file_of_another_program_or_version_is_refused_by_name(tmp_path, capsys, name, text, says):
+    recorded_run(tmp_path, num_steps=2)
+    (tmp_path / name).write_text(text)
+    assert main(["report", str(tmp_path)]) == 2
+    assert says in capsys.readouterr().err
+
+
 def test_a_run_of_the_conventional_path_has_no_links_and_still_a_page(tmp_path):
     folder = recorded_run(tmp_path)
     (plan_file,) = (folder / "plans").glob("*.json")

@@ -24,7 +24,13 @@ from refit.plan import (
     build_plan,
     encode_rank_manifest,
 )
-from refit.service.agreement import Terms, agree_on_plan, describe_mismatches, mismatches_of
+from refit.service.agreement import (
+    Terms,
+    agree_on_plan,
+    describe_mismatches,
+    judge_audit,
+    mismatches_of,
+)
 from refit.service.config import JobConfig, PolicyConfig, RefitConfig
 from refit.service.rounds import Joint, settle_s, whitelist_of
 from refit.service.waiting import Answers
@@ -121,6 +127,29 @@ def test_many_mismatches_are_counted_and_the_first_few_spelled_out(
 ) -> None:
     reports[2]["misc_digests"] = {f"extra{number}": "01" for number in range(9)}
     assert "and 5 more" in describe_mismatches(mismatches_of(plan, reports))
+
+
+def test_an_audit_compares_what_both_sides_digested_and_names_what_differs(plan: Plan) -> None:
+    trained = [{UP.name: {"2": "01"}, ROTARY.name: {"2": "07"}}, {UP.name: {"2": "02"}}]
+    live = {
+        UP.name: f"{3:016x}"
+    }  # no digest of the table: its layout has none, and its hash is that of the commit
+    answer = {"digests": live, "changed": [], "params_sha256": {"w": "ab"}}
+    report = judge_audit(plan, trained, {0: answer})
+    assert report.ok and report.num_compared == 1 and report.params_sha256 == ({"w": "ab"},)
+    wrong = {**answer, "digests": {UP.name: f"{4:016x}"}, "changed": ["t"]}
+    report = judge_audit(plan, trained, {0: wrong})
+    assert not report.ok and [mismatch.tensor for mismatch in report.mismatches] == [UP.name]
+    assert report.findings[1:] == ("t on gen rank 0 has changed",)
+
+
+def test_an_audit_that_nobody_answered_with_a_digest_is_not_passed(plan: Plan) -> None:
+    trained = [{UP.name: {"2": "01"}}, {UP.name: {"2": "02"}}]
+    report = judge_audit(plan, trained, {0: {"digests": {}, "changed": [], "params_sha256": {"w": "ab"}}})
+    assert not report.ok and report.silent == (0,) and report.num_compared == 0
+    assert report.findings == ("gen rank 0 gave no digest: it has committed no refit",)
+    empty = {0: {"digests": {}, "changed": [], "params_sha256": {}}}
+    assert judge_audit(plan, [{}, {}], empty).ok, "a rank that should hold nothing"
 
 
 @pytest.fixture

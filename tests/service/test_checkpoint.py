@@ -20,7 +20,10 @@ def test_the_newest_checkpoint_takes_the_place_of_the_last_and_nothing_else_is_l
         folder = put_in_place(tmp_path, written(tmp_path, version))
         assert last_checkpoint(tmp_path) == (folder, version)
         assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
-    assert f"policy.model={folder}" in way_out(tmp_path)
+    saved_s = (folder / VERSION_FILE).stat().st_mtime
+    assert f"policy.model={folder}" in way_out(tmp_path, saved_s)
+    words = way_out(tmp_path, saved_s + 1.0)
+    assert "no checkpoint of this run" in words and f"{folder} is an earlier run's, of its version 3" in words
 
 
 @pytest.mark.parametrize("renames", [0, 1])
@@ -39,7 +42,7 @@ def test_two_crashes_in_a_row_leave_a_whole_checkpoint(tmp_path, monkeypatch, re
 
 
 def test_a_run_without_a_checkpoint_says_how_to_get_one(tmp_path):
-    assert "grpo.checkpoint_every" in way_out(tmp_path)
+    assert "grpo.checkpoint_every" in way_out(tmp_path, 0.0)
 
 
 def crash_after(renames, patch):

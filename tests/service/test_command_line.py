@@ -119,7 +119,10 @@ def test_every_configuration_file_composes_with_every_key_present_but_the_flag()
         ("+policy.tensor_parallel=2", ["policy.tensor_parallel"]),
         ("policy.tensor_parallel=two", ["policy.tensor_parallel=two", "Integer"]),
         ("~grpo.steps", ["no key can be removed"]),
-        ("policy.lr", ["policy.lr"]),
+        ("policy.lr", ["policy.lr", "write key=value"]),
+        ("refit.timeout_s=abc", ["'abc'", "refit.timeout_s takes float, 120.0 by default"]),
+        ("policy.first_stage_layers=x", ["policy.first_stage_layers takes int | null, null by default"]),
+        ("refit.force_misc=norm", ["refit.force_misc takes a list such as [one,two], [] by default"]),
         ("grpo=3", ["grpo"]),
     ],
 )
@@ -169,10 +172,14 @@ def test_composing_leaves_nothing_in_the_working_tree(tmp_path):
 
 
 def test_refusing_a_key_costs_no_import_of_torch_or_ray():
-    code = "import sys, refit.run; print([name for name in ('torch', 'ray', 'vllm') if name in sys.modules])"
+    code = (
+        "import sys, refit.run; assert refit.run.main(['refit.timout_s=3']) == 2; "
+        "print([name for name in ('torch', 'ray', 'vllm') if name in sys.modules])"
+    )
     found = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60, check=True
     )
+    assert "did you mean 'refit.timeout_s'" in found.stderr
     assert json.loads(found.stdout.replace("'", '"')) == []
 
 

@@ -12,6 +12,7 @@ from refit.plan.errors import ConfigError
 from refit.run import config_folder, load_config
 from refit.service.gate.check import check, inspect_machine, read_model_config
 from refit.service.gate.rules import Environment
+from refit.service.memory import needed_bytes
 
 LAPTOP = Environment(available_memory_bytes=24 * 2**30, num_cuda_devices=0, taken_ports=(7777,))
 EIGHT_GPUS = dataclasses.replace(LAPTOP, num_cuda_devices=8)
@@ -59,6 +60,8 @@ REFUSALS = [
     (["refit.buffer_bytes=10"], ["refit.buffer_bytes = 10", "at least 65536"]),
     (["refit.num_streams=0"], ["refit.num_streams = 0"]),
     (["refit.timeout_s=0"], ["refit.timeout_s = 0"]),
+    (["refit.timeout_s=inf"], ["refit.timeout_s = inf", "at most 86400"]),
+    (["policy.kl_coef=inf"], ["policy.kl_coef = inf", "must be finite"]),
     (["refit.verify_every=-1"], ["refit.verify_every = -1"]),
     (["refit.retries=-1"], ["refit.retries = -1"]),
     (["cluster.nic_gbps=0"], ["cluster.nic_gbps = 0", "at least 0.001"]),
@@ -272,6 +275,19 @@ def test_the_memory_estimate_grows_with_the_model(models):
     wide = {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "vocab_size": 128256}
     message = refuse(models, [], dataclasses.replace(LAPTOP, available_memory_bytes=2**40), **wide)
     assert "is the estimate for this job" in message
+
+
+def test_the_memory_estimate_has_two_buckets_a_stream_and_worker_but_no_more_than_the_version():
+    gib, seven_billion = 2**30, 7 * 10**9
+
+    def needed(buckets_bytes, num_params, streams=2):
+        overrides = [f"refit.buffer_bytes={buckets_bytes}", f"refit.num_streams={streams}"]
+        return needed_bytes(load_config("default", overrides), num_params)
+
+    extra = needed(gib // 2, seven_billion) - needed(gib // 4, seven_billion)
+    assert extra == 2 * 2 * 2 * gib // 4, "two buckets, two streams, two workers"
+    assert needed(64 * gib, seven_billion, 16) - needed(gib // 4, seven_billion) == 14 * 10**9 - 2 * gib
+    assert needed(64 * gib, 0) == needed(gib // 4, 0)
 
 
 def test_what_only_a_cpu_cannot_do_passes_with_devices(models):

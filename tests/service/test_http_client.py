@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -9,6 +10,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 import torch
 
+from refit.plan.errors import ConfigError
 from refit.service.http_engine import HttpEngine
 from refit.service.http_refit import HttpRefit, join_source, next_version
 from refit.transfer import endpoint
@@ -260,6 +262,45 @@ def test_a_server_that_is_not_there_is_an_error_in_time():
     engine = HttpEngine("http://127.0.0.1:9", timeout_s=1.0)
     with pytest.raises(TransportError, match=r"127.0.0.1:9 is not ready after 1 s"):
         engine.wait_ready(1.0)
+
+
+def test_an_address_without_a_scheme_is_refused_by_name():
+    with pytest.raises(ConfigError, match=r"'gen-0:8000' is no address of a server; write http://HOST:PORT"):
+        HttpEngine("gen-0:8000")
+
+
+def test_a_refused_connection_is_not_called_a_missing_answer():
+    with pytest.raises(TransportError, match=r"/get_world_size.* failed: .*refused.*vLLM server") as failed:
+        HttpEngine("http://127.0.0.1:9", timeout_s=60.0).num_workers()
+    assert "60 s" not in str(failed.value)
+
+
+@pytest.mark.parametrize(
+    ("answer", "says"),
+    [
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nhello", "answered no JSON: 'hello'"),
+        (b"220 mail.example ready\r\n", "failed: BadStatusLine"),
+        (None, "got no answer within 1 s"),
+    ],
+)
+def test_whoever_is_no_vllm_server_is_told_by_what_it_answers(answer, says):
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=answer_once, args=(listener, answer), daemon=True)
+        thread.start()
+        with pytest.raises(TransportError) as failed:
+            HttpEngine(f"http://127.0.0.1:{listener.getsockname()[1]}", timeout_s=0.6).num_workers()
+        assert says in str(failed.value)
+        thread.join(10.0)
+
+
+def answer_once(listener, answer):
+    connection, _ = listener.accept()
+    with connection:
+        connection.recv(4096)
+        if answer is None:
+            connection.recv(1)  # until the caller gives up
+        else:
+            connection.sendall(answer)
 
 
 def test_the_next_version_is_above_what_every_server_serves():

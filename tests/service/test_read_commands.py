@@ -87,13 +87,32 @@ def test_what_cannot_be_read_is_said(job, capsys, words, code, message):
     assert found[0] == code and message in found[2]
 
 
-def test_without_a_job_the_way_out_is_said(capsys, tmp_path, monkeypatch):
-    monkeypatch.setattr(access, "JOIN_S", 0.2)
+def test_without_a_job_the_way_out_is_said(capsys, tmp_path):
     code, _, words = run(capsys, "read", EMBEDDING, "--run-dir", tmp_path)
     assert code == 2 and "no job runs in" in words and "--server" in words
     JobAddress("127.0.0.1:9", 1, 1).write(tmp_path)  # a job that was killed leaves its file
     code, _, words = run(capsys, "read", EMBEDDING, "--run-dir", tmp_path)
-    assert code == 1 and "no control store answers at 127.0.0.1:9" in words
+    assert code == 1 and "no control store answers at 127.0.0.1:9: that job has ended" in words
+    for text in ('{"store": "127.0', '{"stores": 1}', "7"):
+        (tmp_path / access.FILE).write_text(text)
+        code, _, words = run(capsys, "read", EMBEDDING, "--run-dir", tmp_path)
+        assert code == 2 and f"{access.FILE} is not what a job of this version writes" in words, text
+
+
+def test_the_only_job_that_runs_is_meant_where_none_is_named(job, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, _, words = run(capsys, "read", EMBEDDING)
+    assert code == 2 and f"no job runs in a folder of {tmp_path / 'runs'}; give --run-dir" in words
+    for name in ("killed", "first", "second"):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+    JobAddress("127.0.0.1:9", 1, 1).write(tmp_path / "runs" / "killed")
+    JobAddress.of(job[0]).write(tmp_path / "runs" / "first")
+    code, text, _ = run(capsys, "read", "model.norm.weight")
+    assert code == 0 and "[64], version 1" in text
+    assert run(capsys, "diff", "engine:0", "engine:1", "--only", "*.norm.*")[0] == 0
+    JobAddress.of(job[0]).write(tmp_path / "runs" / "second")
+    code, _, words = run(capsys, "read", EMBEDDING)
+    assert code == 2 and "2 jobs run, in runs/first, runs/second; give --run-dir of one" in words
 
 
 def test_diff_names_tensor_index_and_rank_and_its_exit_code_tells(job, capsys):

@@ -130,6 +130,20 @@ def test_tensorboard_reads_back_what_was_recorded(tmp_path):
     assert "refit/seconds/wire" in events.Tags()["scalars"]
 
 
+def test_a_second_run_in_a_folder_is_not_taken_for_the_first(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for rewards in ((0.25, 0.75), (0.5,)):
+        record = RunRecord.open(tmp_path)
+        assert not (tmp_path / "summary.json").exists()
+        for number, reward in enumerate(rewards, start=1):
+            record.add(step(number, reward))
+        record.finish({"steps": len(rewards)})
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [(event.step, event.value) for event in events.Scalars("reward")] == [(1, 0.5)]
+
+
 def test_every_number_of_a_record_becomes_a_scalar():
     found = scalars(step(4, verified=True))
     assert found["refit/bulk_bytes"] == 990.0

@@ -1,5 +1,7 @@
 """The shipped matrices hold what they promise; a file that cannot work is refused by name."""
 
+from pathlib import Path
+
 import pytest
 
 from refit.cli import main
@@ -60,8 +62,13 @@ def test_a_users_file_is_a_matrix_and_cases_are_chosen_by_name(tmp_path):
     cases = load_matrix(str(file))
     assert [case.layout for case in cases] == ["1 > 1", "1 > 1"]
     assert [case.name for case in choose(cases, ["b"])] == ["b"]
-    with pytest.raises(ConfigError, match="no case 'c'"):
-        choose(cases, ["c"])
+    with pytest.raises(ConfigError, match=r"no case 'bb' among the 2 of this matrix; did you mean 'b'\?"):
+        choose(cases, ["bb"])
+
+
+def test_the_readme_counts_the_cases_of_the_large_matrix():
+    readme = (Path(__file__).resolve().parents[2] / "README.md").read_text()
+    assert f"# {len(load_matrix('l1'))} cases, of which a CPU can run {len(runnable('l1'))}" in readme
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ BULKS = ("p2p", "golden")
 PLACEMENTS = ("PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD")
 MIN_BUFFER_BYTES = 2**16
 NIC_GBPS = (0.001, 100_000.0)
+TIMEOUT_S = (1.0, 86_400.0)
 MAX_STREAMS = 32
 GIB = 2**30
 AT_LEAST_ONE = {
@@ -111,7 +113,7 @@ def sizes(case: Case) -> Iterator[Violation]:
     yield from _within("cluster.port", config.cluster.port, 0, 2**16 - 1)
     yield from _within("refit.buffer_bytes", config.refit.buffer_bytes, MIN_BUFFER_BYTES, None)
     yield from _within("refit.num_streams", config.num_streams, 1, MAX_STREAMS)
-    yield from _within("refit.timeout_s", config.refit.timeout_s, 1.0, None)
+    yield from _within("refit.timeout_s", config.refit.timeout_s, *TIMEOUT_S)
     yield from _within("policy.lr", config.policy.lr, 0.0, 1.0)
     if not 0.0 < config.policy.clip_ratio < 1.0:
         yield Violation(
@@ -361,6 +363,8 @@ def _within(key: str, value: float, low: float, high: float | None) -> Iterator[
         yield Violation(key, value, f"it must be at least {low}", f"Use {low} or more")
     elif high is not None and value > high:
         yield Violation(key, value, f"it must be at most {high}", f"Use {high} or less")
+    elif math.isinf(value):
+        yield Violation(key, value, "it must be finite", "Use a number")
 
 
 RULES: tuple[Rule, ...] = (

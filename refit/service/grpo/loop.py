@@ -177,12 +177,8 @@ class GrpoLoop:
     def _verify(self, version: int) -> bool:
         report = self.coordinator.verify()
         if not report.ok:
-            wrong = [str(mismatch) for mismatch in report.mismatches[:MAX_SHOWN]]
-            wrong += [
-                f"{param} on gen rank {rank} has changed" for rank, param in report.changed_params[:MAX_SHOWN]
-            ]
-            num_wrong = len(report.mismatches) + len(report.changed_params)
-            reason = f"version {version} on the engines is not the trainers' ({num_wrong} found): {'; '.join(wrong)}"
+            shown, num_wrong = "; ".join(report.findings[:MAX_SHOWN]), len(report.findings)
+            reason = f"version {version} on the engines is not the trainers' ({num_wrong} found): {shown}"
             raise RefitFailed(Failure("verify", "coordinator", reason))
         return True
 
