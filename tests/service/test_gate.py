@@ -55,6 +55,8 @@ REFUSALS = [
     (["refit.num_streams=0"], ["refit.num_streams = 0"]),
     (["refit.timeout_s=0"], ["refit.timeout_s = 0"]),
     (["refit.timeout_s=inf"], ["refit.timeout_s = inf", "at most 86400"]),
+    (["cluster.build_timeout_s=0"], ["cluster.build_timeout_s = 0", "at least 1.0"]),
+    (["grpo.timeout_s=0.5"], ["grpo.timeout_s = 0.5", "at least 1.0"]),
     (["policy.kl_coef=inf"], ["policy.kl_coef = inf", "must be finite"]),
     (["refit.verify_every=-1"], ["refit.verify_every = -1"]),
     (["refit.retries=-1"], ["refit.retries = -1"]),

@@ -114,6 +114,9 @@ def sizes(case: Case) -> Iterator[Violation]:
     yield from _within("refit.buffer_bytes", config.refit.buffer_bytes, MIN_BUFFER_BYTES, None)
     yield from _within("refit.num_streams", config.num_streams, 1, MAX_STREAMS)
     yield from _within("refit.timeout_s", config.refit.timeout_s, *TIMEOUT_S)
+    yield from _within("cluster.build_timeout_s", config.cluster.build_timeout_s, *TIMEOUT_S)
+    if config.grpo.timeout_s is not None:
+        yield from _within("grpo.timeout_s", config.grpo.timeout_s, *TIMEOUT_S)
     yield from _within("policy.lr", config.policy.lr, 0.0, 1.0)
     if not 0.0 < config.policy.clip_ratio < 1.0:
         yield Violation(
