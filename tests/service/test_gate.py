@@ -251,6 +251,19 @@ def test_a_folder_that_is_no_checkpoint_is_refused(models, tmp_path, files, says
         check(config, read_model_config(str(tmp_path)), LAPTOP)
 
 
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer.model", "vocab.json"])
+def test_a_large_vocabulary_without_a_tokenizer_is_refused(models, tmp_path, name):
+    document = {**models["tiny-qwen3"], "vocab_size": 151_936}
+    (tmp_path / "config.json").write_text(json.dumps(document))
+    (tmp_path / "model.safetensors").write_text("")
+    config = load_config("default", [f"policy.model={tmp_path}"])
+    with pytest.raises(ConfigError, match=r"policy\.model = .*no tokenizer, and its vocabulary of 151936"):
+        check(config, document, LAPTOP)
+    check(config, {**document, "vocab_size": 259}, LAPTOP)
+    (tmp_path / name).write_text("{}")
+    check(config, document, LAPTOP)
+
+
 def test_all_violations_are_listed_at_once(models):
     message = refuse(
         models, ["policy.tensor_parallel=3", "grpo.task=chess", "refit.backend=nccl", "cluster.port=7777"]

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from refit.service.config import JobConfig
 from refit.service.gate.model import ModelFacts
-from refit.service.grpo.tasks import TASKS
+from refit.service.grpo.tasks import TASKS, has_tokenizer
 from refit.service.memory import needed_bytes
 from refit.train_side.tiny_models import TINY_MODELS
 from refit.transfer.precision.checkpoint import QUANTIZATIONS
@@ -25,6 +25,7 @@ MIN_BUFFER_BYTES = 2**16
 NIC_GBPS = (0.001, 100_000.0)
 TIMEOUT_S = (1.0, 86_400.0)
 MAX_STREAMS = 32
+MAX_BYTE_VOCABULARY = 1024  # bytes, and room for special tokens and padding
 GIB = 2**30
 AT_LEAST_ONE = {
     "policy": (
@@ -167,6 +168,9 @@ def model_folder(case: Case) -> Iterator[Violation]:
         )
     elif not any(folder.glob("*.safetensors")):
         yield Violation("policy.model", model, "it holds no .safetensors file", remedy)
+    elif case.model.vocab_size > MAX_BYTE_VOCABULARY and not has_tokenizer(folder):
+        problem = f"it has no tokenizer, and its vocabulary of {case.model.vocab_size} is not one of bytes"
+        yield Violation("policy.model", model, problem, "Put the tokenizer's files beside the weights")
 
 
 def grpo(case: Case) -> Iterator[Violation]:
