@@ -141,6 +141,14 @@ def _streams(host: Host, _on_cluster: bool) -> Iterator[Check]:
         yield Check(AREA, "NRL_REFIT_NUM_STREAMS", "fail", value, "a whole number of 1 or more, or unset it")
 
 
+def _allocator(host: Host, _on_cluster: bool) -> Iterator[Check]:
+    for name in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"):
+        value = host.environ.get(name, "")
+        if "expandable_segments:true" in value.lower().replace(" ", ""):
+            advice = "CUDA IPC opens such memory 9 times slower: leave it out with refit.transport=cuda_ipc"
+            yield Check(AREA, name, "warn", value, advice)
+
+
 LOOKS: tuple[Callable[[Host, bool], Iterator[Check]], ...] = (
     _slow,
     _loud,
@@ -151,4 +159,5 @@ LOOKS: tuple[Callable[[Host, bool], Iterator[Check]], ...] = (
     _proxies,
     _threads,
     _streams,
+    _allocator,
 )

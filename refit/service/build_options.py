@@ -7,6 +7,7 @@ from typing import Any
 from refit.service.config import JobConfig
 from refit.train_side.options import LORA_MODULES, LoraOptions, TrainOptions, TrainParallel
 
+CALL_TIMEOUT_S = 600.0  # the driver gives up earlier; after this the engine ends its workers itself
 MAX_SEQUENCES = 256  # an engine samples up to this many answers at once
 
 
@@ -68,6 +69,7 @@ def gen_options(config: JobConfig) -> dict[str, Any]:
         "kv_cache": config.refit.kv_cache,
         "lora": served_lora(config) if config.policy.sends_adapters else None,
         "sequence_parallel": config.generation.sequence_parallel,
+        "call_timeout_s": max(CALL_TIMEOUT_S, config.step_timeout_s),
     }
 
 

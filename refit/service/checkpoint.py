@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from refit.service.waiting import collect
+from refit.service.waiting import FIXED_BOUND, collect
 
 FOLDER = "checkpoint"
 VERSION_FILE = "refit.json"
@@ -22,7 +22,12 @@ def save_checkpoint(trainers: Mapping[str, Any], run_dir: Path, version: int, ti
     """
     partial = run_dir / f"{FOLDER}.partial"
     shutil.rmtree(partial, ignore_errors=True)
-    collect({who: actor.save.remote(str(partial)) for who, actor in trainers.items()}, "save", timeout_s)
+    collect(
+        {who: actor.save.remote(str(partial)) for who, actor in trainers.items()},
+        "save",
+        timeout_s,
+        bound=FIXED_BOUND,
+    )
     (partial / VERSION_FILE).write_text(json.dumps({"version": version}) + "\n")
     return put_in_place(run_dir, partial)
 

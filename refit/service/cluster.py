@@ -26,12 +26,13 @@ from refit.service.config import JobConfig
 from refit.service.placement import Places
 from refit.service.processes import end_processes
 from refit.service.roster import Replacement
-from refit.service.waiting import Waiting, collect
+from refit.service.waiting import FIXED_BOUND, Waiting, collect
 from refit.transfer.errors import TransportError
 from refit.transfer.segments import remove_unmapped, shared_memory_of
 
 OBJECT_STORE_BYTES = 256 * 2**20
 START_TIMEOUT_S = 300.0
+BUILD_BOUND = "cluster.build_timeout_s bounds this wait"
 START_ATTEMPTS = 2
 CLOSE_S = 8.0
 LEAVE_S = 10.0
@@ -82,7 +83,7 @@ class Cluster:
                 for replica in range(config.generation.replicas)
             )
             where = {name: actor.node.remote() for name, actor in cluster.named_actors().items()}
-            cluster.nodes = dict(collect(where, "start actors", START_TIMEOUT_S))
+            cluster.nodes = dict(collect(where, "start actors", START_TIMEOUT_S, bound=FIXED_BOUND))
         except BaseException:
             cluster.close()
             raise
@@ -106,7 +107,8 @@ class Cluster:
         `engine_dir` is the same checkpoint as the engines store it; None: as the trainers do.
         """
         engine_dir = model_dir if engine_dir is None else engine_dir
-        meeting = collect({"train rank 0": self.trainers[0].meeting_point.remote()}, "build", START_TIMEOUT_S)
+        asked = {"train rank 0": self.trainers[0].meeting_point.remote()}
+        meeting = collect(asked, "build", START_TIMEOUT_S, bound=FIXED_BOUND)
         parallel, options = train_parallel(self._config), train_options(self._config)
         pending = {
             f"train rank {rank}": actor.build.remote(
@@ -119,16 +121,16 @@ class Cluster:
             f"generator {replica}": self._build_generator(actor)
             for replica, actor in enumerate(self.generators)
         }
-        built = collect(pending, "build", timeout_s, on_tick)
+        built = collect(pending, "build", timeout_s, on_tick, BUILD_BOUND)
         who = {name: actor.process_id.remote() for name, actor in self.named_generators().items()}
-        self._pids = dict(enumerate(collect(who, "build", START_TIMEOUT_S).values()))
+        self._pids = dict(enumerate(collect(who, "build", START_TIMEOUT_S, bound=FIXED_BOUND).values()))
         self.remember_processes()
         return {who: answer["seconds"] for who, answer in built.items()}
 
     def describe_engines(self) -> dict[str, dict[str, Any]]:
         """What each engine really runs, by name; the fields of EngineDescription."""
         calls = {name: actor.describe.remote() for name, actor in self.named_generators().items()}
-        return collect(calls, "describe", START_TIMEOUT_S)
+        return collect(calls, "describe", START_TIMEOUT_S, bound=FIXED_BOUND)
 
     def remember_processes(self) -> None:
         """Note every process of our Ray, so that `close` finds those that lose their parent meanwhile.

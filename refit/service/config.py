@@ -102,6 +102,8 @@ class ClusterConfig:
     floor: the larger of it and the gate's own estimate must be free. `nic_gbps`, the line rate of one rank's network in
     each direction in Gb/s, lets records say which share of it a refit had.
 
+    Trainers and engines must be built within `build_timeout_s`, which is mostly reading the model from disk.
+
     Each lost generator is replaced up to `restart_generators` times. On an existing cluster all actors get their place
     in one placement group by `placement` (PACK, SPREAD, STRICT_PACK, STRICT_SPREAD), trainers and generators on nodes
     with the labels given.
@@ -112,6 +114,7 @@ class ClusterConfig:
     port: int = 0
     min_free_memory_bytes: int = 0
     nic_gbps: float | None = None
+    build_timeout_s: float = 600.0
     restart_generators: int = 1
     placement: str = "PACK"
     policy_labels: dict[str, str] = field(default_factory=dict)
@@ -125,7 +128,8 @@ class ClusterConfig:
 
 @dataclass(frozen=True, slots=True)
 class RefitConfig:
-    """How weights travel. `timeout_s` bounds every wait; engines are audited every `verify_every` steps (0: never).
+    """How weights travel. `timeout_s` bounds every wait of that; engines are audited every `verify_every` steps
+    (0: never).
 
     `backend` makes the process groups; `transport` is what carries bulk, over them or beside them.
     `num_streams` is how many trainer stages travel at once (None: all, up to MAX_DEFAULT_STREAMS); each stream takes
@@ -165,6 +169,8 @@ class GrpoConfig:
     that no token is older than n versions when it is trained on. 0 is the synchronous loop.
 
     The policy is saved every `checkpoint_every` steps (0: never), and at the end if `save_checkpoint`.
+
+    `timeout_s` bounds each part of a step beside its refit: rollout, logprobs, optimizer step. None: `refit.timeout_s`.
     """
 
     steps: int = 50
@@ -174,6 +180,7 @@ class GrpoConfig:
     task_seed: int = 0
     scale_advantages: bool = True
     max_staleness: int = 0
+    timeout_s: float | None = None
     save_checkpoint: bool = False
     checkpoint_every: int = 10
 
@@ -195,6 +202,11 @@ class JobConfig:
         if self.refit.num_streams is not None:
             return self.refit.num_streams
         return max(1, min(self.policy.pipeline_parallel, MAX_DEFAULT_STREAMS))
+
+    @property
+    def step_timeout_s(self) -> float:
+        """Longest wait for a rollout, for logprobs, or for an optimizer step."""
+        return self.refit.timeout_s if self.grpo.timeout_s is None else self.grpo.timeout_s
 
     @property
     def path(self) -> str:

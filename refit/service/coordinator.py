@@ -43,8 +43,6 @@ from refit.transfer.errors import Failure, RefitFailed, TransportError
 from refit.transfer.protocol import attempt_keys, audit_keys, decision_key
 from refit.transfer.rendezvous import ControlStore
 
-BUILD_TIMEOUT_S = 600.0  # longest wait for a replacement when no generator is left
-
 
 @dataclass(frozen=True, slots=True)
 class _Decided:
@@ -160,7 +158,7 @@ class Coordinator:
         return replace(record, replicas=self.states(), incidents=self._roster.take_incidents())
 
     def _refit(self, version: int) -> RefitRecord:
-        self._stale = self._roster.admit(BUILD_TIMEOUT_S) or self._stale
+        self._stale = self._roster.admit(self._config.cluster.build_timeout_s) or self._stale
         for _ in range(self._config.refit.retries + 1):
             record = self._repeat(lambda: self._round(version))
             if record.committed:

@@ -34,7 +34,6 @@ from refit.train_side.tiny_models import TINY_MODELS, make_tiny_model
 from refit.transfer.errors import Failure, RefitFailed, TransportError
 from refit.transfer.precision.checkpoint import QUANTIZATIONS, quantize_checkpoint
 
-BUILD_TIMEOUT_S = 600.0
 CONFIG_FILE = "config.json"
 MAX_REASONS = 5  # in the log; all of them are in plans/<digest>.json
 ENGINES_FILE = "engines.json"
@@ -105,7 +104,8 @@ def running_job(
         num_actors = len(cluster.named_actors())
         with progress.waiting("build trainers and engines", num_actors) as tick:
             engine_dir = _engine_dir(config, model_dir, run_dir)
-            built = cluster.build(str(model_dir), BUILD_TIMEOUT_S, tick, str(engine_dir))
+            limit_s = config.cluster.build_timeout_s
+            built = cluster.build(str(model_dir), limit_s, tick, str(engine_dir))
         progress.say("built: " + ", ".join(f"{who} {seconds:.1f} s" for who, seconds in built.items()))
         with progress.waiting("prepare the refit", num_actors):
             coordinator = Coordinator.prepare(config, cluster.trainers, cluster.generators, cluster)

@@ -14,6 +14,8 @@ from refit.transfer.errors import Failure, RefitFailed, TransportError
 
 TICK_S = 0.25
 GRACE_S = 3.0
+REFIT_BOUND = "refit.timeout_s bounds this wait"
+FIXED_BOUND = "a fixed limit"
 
 type Waiting = Callable[[tuple[str, ...]], None]
 
@@ -77,28 +79,33 @@ def gather(
 
 
 def collect(
-    pending: Mapping[str, Any], phase: str, timeout_s: float, on_tick: Waiting | None = None
+    pending: Mapping[str, Any],
+    phase: str,
+    timeout_s: float,
+    on_tick: Waiting | None = None,
+    bound: str = REFIT_BOUND,
 ) -> dict[str, Any]:
     """The results of {who: object reference}, in the order given.
 
     The first failure ends the wait. Others then get GRACE_S to fail too, because the survivors of a death often
     report first: a dead process beats an error as the cause, an earlier error beats a later one. Raises RefitFailed
-    with that cause, or TransportError naming who has not answered within `timeout_s`. `on_tick` as in `gather`.
+    with that cause, or TransportError naming who has not answered within `timeout_s`. `on_tick` as in `gather`;
+    `bound` says where the limit comes from.
     """
     started_s = time.monotonic()
     answers = gather(pending, phase, timeout_s, on_tick=on_tick)
     if answers.cause is not None:
         raise RefitFailed(answers.cause)
     if answers.silent:
-        raise TransportError(no_answer(phase, answers.silent, time.monotonic() - started_s))
+        raise TransportError(no_answer(phase, answers.silent, time.monotonic() - started_s, bound))
     return dict(answers.results)
 
 
-def no_answer(phase: str, who: tuple[str, ...], waited_s: float) -> str:
-    """The words for a missed deadline."""
+def no_answer(phase: str, who: tuple[str, ...], waited_s: float, bound: str = REFIT_BOUND) -> str:
+    """The words for a missed deadline, with the key that a person may change."""
     return (
         f"{phase}: no answer from {', '.join(who)} after {waited_s:.0f} s "
-        f"(refit.timeout_s bounds this wait); look into the logs folder of the run"
+        f"({bound}); look into the logs folder of the run"
     )
 
 

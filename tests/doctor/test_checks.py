@@ -134,6 +134,8 @@ def test_the_range_of_ports_must_be_wide_free_and_apart_from_the_scripts(tmp_pat
         ("NCCL_DEBUG", "INFO", "NCCL_DEBUG", "warn"),
         ("NCCL_P2P_DISABLE", "1", "NCCL_P2P_DISABLE", "warn"),
         ("http_proxy", "http://10.0.0.1:3128", "http_proxy", "warn"),
+        ("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True", "PYTORCH_CUDA_ALLOC_CONF", "warn"),
+        ("PYTORCH_ALLOC_CONF", "a:1, expandable_segments: true", "PYTORCH_ALLOC_CONF", "warn"),
     ],
 )
 def test_a_setting_that_breaks_or_slows_a_job_is_named(name: str, value: str, check: str, state: str) -> None:

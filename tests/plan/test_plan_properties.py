@@ -17,6 +17,11 @@ from refit.plan import (
     encode_manifest,
     mesh_manifest,
 )
+from refit.plan.synth.config import model_from_config
+from refit.plan.synth.gen import gen_manifest
+from refit.plan.synth.parallel import GenMesh, TrainMesh
+from refit.plan.synth.train import train_manifest
+from tests.plan.test_models import TINY_MOE
 from tests.plan.worlds import elements, expected, random_world, run
 
 
@@ -103,3 +108,22 @@ def test_a_rank_with_many_rounds_meets_no_more_peers_in_one_than_it_may(max_ops)
     rounds = build_plan(train, gen, options).rank_plan(0).stages[0].rounds
     assert len(rounds) > 2 * 5
     assert max(len(round_.sends) for round_ in rounds) == max_ops
+
+
+def test_a_stage_travels_in_a_group_of_its_own_trainers_and_all_generators():
+    model = model_from_config("tiny", TINY_MOE)
+    train, gen = TrainMesh(pp=2, tp=2, ep=2), GenMesh(tp=2, replicas=2)
+    plan = build_plan(train_manifest(model, train), gen_manifest(model, gen))
+    generators = range(train.num_ranks, train.num_ranks + gen.num_ranks)
+    groups = {
+        rank: {stage.stage: stage.group_ranks for stage in plan.rank_plan(rank).stages}
+        for rank in range(plan.num_train + plan.num_gen)
+    }
+    members = dict.fromkeys(plan.stages, ())
+    for rank in plan.train.manifest.ranks:
+        members[rank.stage] += (rank.rank,)
+    assert len(members) == 2
+    for rank in plan.train.manifest.ranks:
+        assert groups[rank.rank] == {rank.stage: (*members[rank.stage], *generators)}
+    for rank in generators:
+        assert groups[rank] == {stage: (*ranks, *generators) for stage, ranks in members.items()}

@@ -15,6 +15,7 @@ import pytest
 from refit import run
 from refit.plan.errors import ConfigError
 from refit.run import config_folder, load_config, main
+from refit.service.build_options import gen_options
 from refit.service.config import known_keys
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -62,6 +63,13 @@ def test_the_number_of_streams_comes_from_the_environment_unless_it_is_given(mon
     monkeypatch.setenv("NRL_REFIT_NUM_STREAMS", "5")
     assert load_config("default").num_streams == 5
     assert load_config("default", ["refit.num_streams=3"]).num_streams == 3
+
+
+def test_a_step_has_the_time_limit_of_refits_unless_it_has_one_of_its_own():
+    config = load_config("default", ["refit.timeout_s=30"])
+    assert config.step_timeout_s == 30.0 and gen_options(config)["call_timeout_s"] == 600.0
+    config = load_config("default", ["refit.timeout_s=30", "grpo.timeout_s=3600"])
+    assert config.step_timeout_s == 3600.0 and gen_options(config)["call_timeout_s"] == 3600.0
 
 
 @pytest.mark.parametrize(("stages", "streams"), [(1, 1), (4, 4), (16, 16), (40, 16)])

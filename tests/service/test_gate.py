@@ -61,6 +61,8 @@ REFUSALS = [
     (["refit.num_streams=0"], ["refit.num_streams = 0"]),
     (["refit.timeout_s=0"], ["refit.timeout_s = 0"]),
     (["refit.timeout_s=inf"], ["refit.timeout_s = inf", "at most 86400"]),
+    (["cluster.build_timeout_s=0"], ["cluster.build_timeout_s = 0", "at least 1.0"]),
+    (["grpo.timeout_s=0.5"], ["grpo.timeout_s = 0.5", "at least 1.0"]),
     (["policy.kl_coef=inf"], ["policy.kl_coef = inf", "must be finite"]),
     (["refit.verify_every=-1"], ["refit.verify_every = -1"]),
     (["refit.retries=-1"], ["refit.retries = -1"]),
@@ -253,6 +255,19 @@ def test_a_folder_that_is_no_checkpoint_is_refused(models, tmp_path, files, says
     config = load_config("default", [f"policy.model={tmp_path}"])
     with pytest.raises(ConfigError, match=says):
         check(config, read_model_config(str(tmp_path)), LAPTOP)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer.model", "vocab.json"])
+def test_a_large_vocabulary_without_a_tokenizer_is_refused(models, tmp_path, name):
+    document = {**models["tiny-qwen3"], "vocab_size": 151_936}
+    (tmp_path / "config.json").write_text(json.dumps(document))
+    (tmp_path / "model.safetensors").write_text("")
+    config = load_config("default", [f"policy.model={tmp_path}"])
+    with pytest.raises(ConfigError, match=r"policy\.model = .*no tokenizer, and its vocabulary of 151936"):
+        check(config, document, LAPTOP)
+    check(config, {**document, "vocab_size": 259}, LAPTOP)
+    (tmp_path / name).write_text("{}")
+    check(config, document, LAPTOP)
 
 
 def test_all_violations_are_listed_at_once(models):

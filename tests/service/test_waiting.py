@@ -13,9 +13,9 @@ import pytest
 import ray
 
 from refit.run import load_config
-from refit.service.cluster import Cluster
+from refit.service.cluster import BUILD_BOUND, Cluster
 from refit.service.processes import end_processes
-from refit.service.waiting import collect, root_cause
+from refit.service.waiting import FIXED_BOUND, collect, no_answer, root_cause
 from refit.transfer.errors import Failure, RefitFailed, TransportError
 
 pytestmark = pytest.mark.ray
@@ -95,9 +95,14 @@ def test_a_death_is_the_cause_even_if_a_survivor_complains_first(workers):
 def test_a_missed_deadline_names_who_is_missing_and_the_way_out(workers):
     pending = {"train rank 0": workers[0].answer.remote(1), "generator 0": workers[1].hang.remote()}
     with pytest.raises(
-        TransportError, match=r"generate: no answer from generator 0 after .* s .*refit\.timeout_s"
+        TransportError, match=r"save: no answer from generator 0 after .* s \(a fixed limit\)"
     ):
-        collect(pending, "generate", 2.0)
+        collect(pending, "save", 2.0, bound=FIXED_BOUND)
+
+
+def test_a_missed_deadline_names_the_key_that_bounds_it():
+    assert "(refit.timeout_s bounds this wait)" in no_answer("prepare", ("generator 0",), 120.0)
+    assert "(cluster.build_timeout_s bounds" in no_answer("build", ("generator 0",), 600.0, BUILD_BOUND)
 
 
 def test_the_watcher_hears_who_is_still_awaited(workers):

@@ -68,8 +68,6 @@ class LoaderTrace:
     """(second, first): two names of one live memory; the second is never written on its own."""
     deferred: frozenset[str]
     """HF tensors that attention layers take: vLLM keeps them until the end of a reload."""
-    unused: tuple[str, ...]
-    """HF tensors that this worker leaves aside: other pipeline stages, other experts."""
     inverses: tuple[Inverse, ...]
 
     def manifest(self, *, gen_rank: int, stage: int, replica: int) -> RankManifest:
@@ -271,9 +269,6 @@ class _Compiler:
         params = tuple(param_spec(p, self.slots[p].tensor) for p in used)
         written = frozenset(w.param for w in (*self.copied, *self.computed, *self.fills))
         written = frozenset(p for p in written if not self.slots[p].deferred)
-        seen = (
-            {c.tensor for c in self.copied} | set(self.misc) | {n for c in self.computed for n in c.tensors}
-        )
         return LoaderTrace(
             tensors=tensors,
             params=params,
@@ -285,7 +280,6 @@ class _Compiler:
             unsure=self.unsure,
             aliases=tuple(sorted(self.aliases.items())),
             deferred=frozenset(c.tensor for c in self.copied if self.slots[c.param].deferred),
-            unused=tuple(sorted(set(self.hf_shapes) - seen)),
             inverses=tuple(self._inverses(by_param)),
         )
 

@@ -38,6 +38,7 @@ class ModelFacts:
     is_latent: bool
     max_positions: int | None
     num_params: int
+    vocab_size: int
     problems: tuple[tuple[str, str], ...]
     cpu_problems: tuple[tuple[str, str], ...]
 
@@ -65,6 +66,7 @@ def read_facts(config: Mapping[str, Any]) -> ModelFacts:
         is_latent=any(isinstance(part, LatentDown) for part in parts),
         max_positions=config.get("max_position_embeddings"),
         num_params=_num_params(parts),
+        vocab_size=int(config["vocab_size"]),
         problems=tuple(_problems(config)),
         cpu_problems=tuple(_cpu_problems(model, config)),
     )

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from refit.service.config import JobConfig
 from refit.service.gate.model import ModelFacts
-from refit.service.grpo.tasks import TASKS
+from refit.service.grpo.tasks import TASKS, has_tokenizer
 from refit.service.memory import needed_bytes
 from refit.train_side.tiny_models import TINY_MODELS
 from refit.transfer.precision.checkpoint import QUANTIZATIONS
@@ -25,6 +25,7 @@ MIN_BUFFER_BYTES = 2**16
 NIC_GBPS = (0.001, 100_000.0)
 TIMEOUT_S = (1.0, 86_400.0)
 MAX_STREAMS = 32
+MAX_BYTE_VOCABULARY = 1024  # bytes, and room for special tokens and padding
 GIB = 2**30
 AT_LEAST_ONE = {
     "policy": (
@@ -114,6 +115,9 @@ def sizes(case: Case) -> Iterator[Violation]:
     yield from _within("refit.buffer_bytes", config.refit.buffer_bytes, MIN_BUFFER_BYTES, None)
     yield from _within("refit.num_streams", config.num_streams, 1, MAX_STREAMS)
     yield from _within("refit.timeout_s", config.refit.timeout_s, *TIMEOUT_S)
+    yield from _within("cluster.build_timeout_s", config.cluster.build_timeout_s, *TIMEOUT_S)
+    if config.grpo.timeout_s is not None:
+        yield from _within("grpo.timeout_s", config.grpo.timeout_s, *TIMEOUT_S)
     yield from _within("policy.lr", config.policy.lr, 0.0, 1.0)
     if not 0.0 < config.policy.clip_ratio < 1.0:
         yield Violation(
@@ -164,6 +168,9 @@ def model_folder(case: Case) -> Iterator[Violation]:
         )
     elif not any(folder.glob("*.safetensors")):
         yield Violation("policy.model", model, "it holds no .safetensors file", remedy)
+    elif case.model.vocab_size > MAX_BYTE_VOCABULARY and not has_tokenizer(folder):
+        problem = f"it has no tokenizer, and its vocabulary of {case.model.vocab_size} is not one of bytes"
+        yield Violation("policy.model", model, problem, "Put the tokenizer's files beside the weights")
 
 
 def grpo(case: Case) -> Iterator[Violation]:

@@ -29,6 +29,8 @@ from refit.train_side.batch import TrainBatch
 from refit.transfer.errors import Failure, RefitFailed, TransportError
 
 MAX_SHOWN = 5
+SAVE_TIMEOUT_S = 1800.0  # a large model on a slow disk; a trainer that dies ends the wait at once
+STEP_BOUND = "grpo.timeout_s bounds this wait, refit.timeout_s where it is null"
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +77,8 @@ class GrpoLoop:
     def checkpoint(self, version: int) -> None:
         """Save the policy. A full disk is said and costs the checkpoint, not the run; a lost trainer shows next."""
         try:
-            save_checkpoint(self.trainers, self.record.run_dir, version, self.config.refit.timeout_s)
+            limit_s = max(SAVE_TIMEOUT_S, self.config.step_timeout_s)
+            save_checkpoint(self.trainers, self.record.run_dir, version, limit_s)
         except (OSError, RefitFailed, TransportError) as error:
             self.say(f"the checkpoint of version {version} could not be written: {error}")
 
@@ -185,7 +188,7 @@ class GrpoLoop:
     def _all_trainers(self, method: str, batch: TrainBatch) -> dict[str, Any]:
         shared = ray.put(batch)
         pending = {who: getattr(actor, method).remote(shared) for who, actor in self.trainers.items()}
-        return collect(pending, method, self.config.refit.timeout_s)
+        return collect(pending, method, self.config.step_timeout_s, bound=STEP_BOUND)
 
 
 def _step_record(

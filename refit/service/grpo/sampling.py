@@ -139,7 +139,7 @@ class Sampler:
 
     def _rows(self, calls: Mapping[str, Any], shares: Mapping[str, Sequence[int]]) -> list[RolloutRow]:
         """What came back, by number of prompt; the share of a replica that is lost is missing."""
-        timeout_s = self.config.refit.timeout_s
+        timeout_s = self.config.step_timeout_s
         answers = gather(calls, "generate", timeout_s, settle_s=timeout_s)
         failed = answers.cause is not None or bool(answers.silent)
         if failed and not self.coordinator.leave_out(answers, "generate"):

@@ -132,6 +132,11 @@ class TokenizerCodec:
         return str(self.tokenizer.decode(list(tokens)))
 
 
+def has_tokenizer(model_dir: str | Path) -> bool:
+    """Whether a tokenizer was saved with the model; else its tokens are taken for bytes."""
+    return any((Path(model_dir) / name).exists() for name in TOKENIZER_FILES)
+
+
 def open_codec(model_dir: str | Path, model_config: Mapping[str, Any]) -> Codec:
     """The tokenizer in `model_dir`, or bytes where there is none. Raises ConfigError without an end token."""
     end_token = model_config.get("eos_token_id")
@@ -140,7 +145,7 @@ def open_codec(model_dir: str | Path, model_config: Mapping[str, Any]) -> Codec:
         raise ConfigError(
             f"policy.model: {model_dir}/config.json has eos_token_id {end_token!r}: it must be a number"
         )
-    if not any((Path(model_dir) / name).exists() for name in TOKENIZER_FILES):
+    if not has_tokenizer(model_dir):
         return ByteCodec(end_token)
     from transformers import AutoTokenizer
 
