@@ -14,8 +14,8 @@ from typing import Any
 
 from refit.plan.errors import ConfigError
 from refit.train_side.options import LORA_TARGETS
+from refit.transfer.forced import is_golden_forced
 
-GOLDEN_VARIABLE = "NRL_XFERDTENSOR_GOLDEN"
 MAX_DEFAULT_STREAMS = 16
 ADAPTER = "adapter"
 LORA_REFITS = ("merged", ADAPTER)
@@ -249,9 +249,10 @@ def apply_environment(config: JobConfig, environ: Mapping[str, str]) -> JobConfi
 
     NRL_REFIT_NUM_STREAMS is read by configs/default.yaml, so an explicit `refit.num_streams` beats it.
     """
-    golden = environ.get(GOLDEN_VARIABLE, "")
-    if golden in ("", "0"):
+    try:
+        is_golden = is_golden_forced(environ)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    if not is_golden:
         return config
-    if golden != "1":
-        raise ConfigError(f"environment variable {GOLDEN_VARIABLE} is {golden!r}: set it to 1, or unset it")
     return dataclasses.replace(config, refit=dataclasses.replace(config.refit, bulk="golden"))

@@ -1,5 +1,6 @@
 """One tensor from one mesh to another, both inside one process group."""
 
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -28,6 +29,7 @@ from refit.plan import (
 from refit.plan.dtypes import ITEM_BYTES
 from refit.transfer import bulk, golden, m2n
 from refit.transfer.compiled import compile_stage
+from refit.transfer.forced import is_golden_forced
 from refit.transfer.groups import Group
 from refit.transfer.m2n import M2N
 from refit.transfer.memory import copy_cast, dtype_name, torch_dtype
@@ -41,6 +43,7 @@ from refit.transfer.transports.seam import Transport
 NAME = "tensor"
 MAX_DIMS = 8
 DTYPES = tuple(sorted(ITEM_BYTES))
+BACKENDS = (P2P, GOLDEN, M2N)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +72,7 @@ def xferdtensor(
     dst_placements: Sequence[Placement],
     group: ProcessGroup,
     *,
-    backend: str = P2P,
+    backend: str | None = None,
     timeout_s: float = 300.0,
     bucket_bytes: int = 64 << 20,
     transport: Transport | None = None,
@@ -79,17 +82,18 @@ def xferdtensor(
     Meshes hold ranks of `group`; they may overlap. `src` is None on ranks outside the source mesh, `dst` on ranks
     outside the destination mesh. Cuts are those of torch.chunk; local shapes are exchanged and checked, so a wrong one
     raises PlanError on every rank. Where the dtypes differ the sender casts. `golden` is the oracle: gather, broadcast,
-    slice; `m2n` is NCCL's own and raises PlanError for what it cannot do. `transport` carries the bytes in place of
-    `group`, which is then left with the exchange of shapes.
+    slice; `m2n` is NCCL's own and raises PlanError for what it cannot do. No backend: `golden` where
+    NRL_XFERDTENSOR_GOLDEN=1, else `p2p`. Ranks that choose differently all raise PlanError. `transport` carries the
+    bytes in place of `group`, which is then left with the exchange of shapes.
     """
-    if backend not in (P2P, GOLDEN, M2N):
-        raise PlanError(f"xferdtensor backend {backend!r}; use {P2P!r}, {GOLDEN!r} or {M2N!r}")
+    backend = _backend(backend)
     deadline = time.monotonic() + timeout_s
     rank, size = group.rank(), group.size()
     ranks = tuple(range(size))
     way = ProcessGroupTransport(group, ranks, rank) if transport is None else transport
     joint = Group("xferdtensor", ranks, rank, way, group)
-    agreed = _agree(src, src_mesh, src_placements, dst, dst_mesh, dst_placements, group, deadline)
+    rows = _all_rows([_row(src), _row(dst)], BACKENDS.index(backend), group, deadline)
+    agreed = _agreed(rows, src_mesh, src_placements, dst_mesh, dst_placements)
     if 0 in agreed.shape:
         return BulkReport()
     source = None if src is None else src.detach().contiguous()
@@ -157,18 +161,25 @@ def _by_golden(
     return tally.report()
 
 
-def _agree(
-    src: Tensor | None,
+def _backend(asked: str | None) -> str:
+    if asked is None:
+        try:
+            return GOLDEN if is_golden_forced(os.environ) else P2P
+        except ValueError as error:
+            raise PlanError(str(error)) from error
+    if asked not in BACKENDS:
+        raise PlanError(f"xferdtensor backend {asked!r}; use {P2P!r}, {GOLDEN!r} or {M2N!r}")
+    return asked
+
+
+def _agreed(
+    rows: Sequence[tuple["Row", "Row"]],
     src_mesh: Mesh,
     src_placements: Sequence[Placement],
-    dst: Tensor | None,
     dst_mesh: Mesh,
     dst_placements: Sequence[Placement],
-    group: ProcessGroup,
-    deadline: float,
 ) -> Agreed:
-    """Exchange what every rank holds; the same checks then pass or fail on all ranks alike."""
-    rows = _all_rows([_row(src), _row(dst)], group, deadline)
+    """From what every rank holds; the same checks pass or fail on all ranks alike."""
     src_side = _side(0, "src", rows, src_mesh, src_placements)
     dst_side = _side(1, "dst", rows, dst_mesh, dst_placements)
     src_shape = src_side.layout.full_shape([rows[rank][0][2] for rank in src_side.layout.ranks])
@@ -195,12 +206,18 @@ def _row(tensor: Tensor | None) -> list[int]:
     return [PRESENT, DTYPES.index(dtype), tensor.dim(), *tensor.shape, *[0] * (MAX_DIMS - tensor.dim())]
 
 
-def _all_rows(mine: list[list[int]], group: ProcessGroup, deadline: float) -> list[tuple[Row, Row]]:
-    own = torch.tensor(mine, dtype=torch.int64, device=_device(group))
+def _all_rows(
+    mine: list[list[int]], backend: int, group: ProcessGroup, deadline: float
+) -> list[tuple[Row, Row]]:
+    """Exchange what every rank holds and the back end that it chose."""
+    own = torch.tensor([*mine, [backend] + [0] * (2 + MAX_DIMS)], dtype=torch.int64, device=_device(group))
     everyone = [torch.empty_like(own) for _ in range(group.size())]
     work = group.allgather([everyone], [own])
     wait_for_work("exchange of local shapes", work, deadline)
     found = [tensor.tolist() for tensor in everyone]
+    chosen = [BACKENDS[rows[2][0]] for rows in found]
+    if len(set(chosen)) > 1:
+        raise PlanError(f"ranks 0 to {len(chosen) - 1} chose the back ends {chosen}; choose one on all ranks")
     return [(_read(rank, rows[0]), _read(rank, rows[1])) for rank, rows in enumerate(found)]
 
 

@@ -10,6 +10,7 @@ from torch.distributed.tensor.placement_types import Partial, Placement, Replica
 
 from refit.plan import PlanError, Region
 from refit.transfer.errors import TransportError
+from refit.transfer.forced import GOLDEN_VARIABLE
 from refit.transfer.groups import Group, open_group
 from refit.transfer.memory import as_bits, torch_dtype
 from refit.transfer.placements import Layout
@@ -176,6 +177,33 @@ def test_wrong_local_tensors_raise_the_same_error_on_every_rank():
     )
     assert "rank 1" in first[4] and "items of 8 bytes" in first[4]
     assert "local tensors of src differ: dtypes ['float16', 'float32']" in first[5]
+
+
+def forced_rank(rank: int, port: int) -> tuple[int, str, str]:
+    """What a call that names no back end takes of extra memory, and the errors of two other choices."""
+    group = _group(rank, port, 2).process_group
+    mesh, full = torch.arange(2), torch.arange(8.0)
+    dst = torch.empty(8)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(GOLDEN_VARIABLE, "1")
+        report = xferdtensor(full.chunk(2)[rank], mesh, [Shard(0)], dst, mesh, [Replicate()], group)
+        assert torch.equal(dst, full)
+        errors = []
+        for value in (str(rank), "yes"):
+            patch.setenv(GOLDEN_VARIABLE, value)
+            with pytest.raises(PlanError) as refused:
+                xferdtensor(full.chunk(2)[rank], mesh, [Shard(0)], dst, mesh, [Replicate()], group)
+            errors.append(str(refused.value))
+    return report.peak_extra_bytes, errors[0], errors[1]
+
+
+@pytest.mark.processes
+def test_the_environment_forces_the_oracle_where_no_back_end_is_named_and_ranks_that_differ_are_refused():
+    host = ControlStore.host()
+    first, second = run_processes(forced_rank, 2, host.port)
+    assert first == second
+    assert first[0] == 2 * 8 * 4, "the oracle holds the whole tensor, twice"
+    assert "chose the back ends ['p2p', 'golden']" in first[1] and f"{GOLDEN_VARIABLE} is 'yes'" in first[2]
 
 
 def cast_and_stride_rank(rank: int, port: int) -> None:
