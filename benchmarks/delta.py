@@ -5,10 +5,12 @@
 
 Per share and repeat, in turn, the same model moves in full (`bulk.move_stage`, as it is tuned) and as a delta against
 the move before, both without digests. Seconds are those of the slowest rank, medians over the repeats; loopback is
-faster than a network, so what a delta costs shows and what it saves does not. `break_even_gbps` is the rate of a rank's
-link below which a delta is faster: bytes that the busiest trainer does not send, over what all packing, comparing,
-changing, unpacking and keeping takes longer than packing and unpacking alone, one after the other. None where a delta
-takes no longer even without a network, 0 where it saves no byte.
+faster than a network, so what a delta costs shows and what it saves does not. `*_own_s` are the seconds of packing,
+comparing, changing, unpacking and keeping, those of the slowest trainer and of the slowest generator added up as if
+nothing of it overlapped. `break_even_gbps` is the rate of a rank's link below which a delta is faster: bytes that the
+busiest trainer does not send, over what `delta_own_s` is longer than `full_own_s`. None where it is no longer, 0 where
+no byte is saved. `*_cpu_s` and `break_even_cpu_gbps` are the same of processor seconds, those of the transport
+included: with fewer cores than ranks, or beside other work, these are the better guide.
 """
 
 import argparse
@@ -98,20 +100,33 @@ def share_row(share: float, rows: Sequence[dict]) -> dict[str, object]:
         way: sum(_median_of_slowest([row[way][phase] for row in found]) for phase in (PACK, UNPACK, "keep"))
         for way in (FULL, DELTA)
     }
+    cpu = {way: _busiest([row[way]["cpu"] for row in found]) for way in (FULL, DELTA)}
     wire = {way: [row[way]["wire_bytes"] for row in found] for way in (FULL, DELTA)}
     saved = max(wire[FULL]) - max(wire[DELTA])
-    more_s = own[DELTA] - own[FULL]
     return {
         "share": share,
         "full_s": round(seconds[FULL], 4),
         "delta_s": round(seconds[DELTA], 4),
+        "full_cpu_s": round(cpu[FULL], 4),
+        "delta_cpu_s": round(cpu[DELTA], 4),
         "full_own_s": round(own[FULL], 4),
         "delta_own_s": round(own[DELTA], 4),
         "full_bytes": sum(wire[FULL]),
         "delta_bytes": sum(wire[DELTA]),
         "delta_share": round(sum(wire[DELTA]) / sum(wire[FULL]), 5),
-        "break_even_gbps": round(8e-9 * max(0, saved) / more_s, 2) if more_s > 0 else None,
+        "break_even_gbps": _break_even(saved, own[DELTA] - own[FULL]),
+        "break_even_cpu_gbps": _break_even(saved, cpu[DELTA] - cpu[FULL]),
     }
+
+
+def _break_even(saved_bytes: int, more_s: float) -> float | None:
+    return round(8e-9 * max(0, saved_bytes) / more_s, 2) if more_s > 0 else None
+
+
+def _busiest(times: Sequence[Sequence[float]]) -> float:
+    """The medians of the busiest trainer and of the busiest generator, added up; half of the ranks are trainers."""
+    medians = [statistics.median(repeats) for repeats in times]
+    return max(medians[: len(medians) // 2]) + max(medians[len(medians) // 2 :])
 
 
 def _median_of_slowest(times: Sequence[Sequence[float]]) -> float:
@@ -176,7 +191,7 @@ class Rank:
         """Seconds and bytes of one move; that of a delta ends with what is kept for the next."""
         self.version += 1
         self.barrier()
-        began = time.perf_counter()
+        began, cpu_before = time.perf_counter(), time.process_time()
         if way == FULL:
             report, keep_s = self.moved(bulk.move_stage, FULL), 0.0
         else:
@@ -185,9 +200,15 @@ class Rank:
             self.base.end(self.params, token_of("benchmark", self.version, 0))
             self.base.committed()
             keep_s = time.perf_counter() - moved
-        seconds = time.perf_counter() - began
+        seconds, cpu_s = time.perf_counter() - began, time.process_time() - cpu_before
         phases = {phase: report.seconds[phase] for phase in (PACK, UNPACK)}
-        return {"seconds": seconds, **phases, "keep": keep_s, "wire_bytes": report.wire_bytes_sent}
+        return {
+            "seconds": seconds,
+            "cpu": cpu_s,
+            **phases,
+            "keep": keep_s,
+            "wire_bytes": report.wire_bytes_sent,
+        }
 
     def moved(self, mover: Callable[[StageJob], BulkReport], way: str) -> BulkReport:
         jobs = [
@@ -223,7 +244,7 @@ def rank_main(rank: int, port: int, case: Case, repeats: int) -> None:
                 rows[way].append(own.measured(way))
         found[str(share)] = {
             way: {
-                **{key: [row[key] for row in measured] for key in ("seconds", PACK, UNPACK, "keep")},
+                **{key: [row[key] for row in measured] for key in ("seconds", "cpu", PACK, UNPACK, "keep")},
                 "wire_bytes": int(statistics.median(row["wire_bytes"] for row in measured)),
             }
             for way, measured in rows.items()

@@ -31,6 +31,8 @@ type Places = npt.NDArray[np.int64]
 BLOCK_ITEMS = 1 << 16  # so that a place is a uint16, and a block of bfloat16 stays in the cache
 HEADER = np.dtype([("kind", "u1"), ("num_values", "<u4"), ("places_bytes", "<u4")])
 LONGEST_GAP = 255
+WORD_ITEMS = 8  # of a mask of bools
+SELDOM = 30  # one in so many elements: from there on most words of the mask are empty
 ITEM_BYTES = (1, 2, 4, 8)
 
 
@@ -126,8 +128,10 @@ def _told(new: npt.NDArray[np.unsignedinteger], base: npt.NDArray[np.unsignedint
     nothing: Bytes = np.empty(0, dtype=np.uint8)
     if min(count, mask_bytes) + count * new.itemsize >= new.nbytes:
         return _Block(Kind.WHOLE, nothing, new)
-    places = np.flatnonzero(differs)
-    gaps = np.diff(places, prepend=-1) - 1
+    places = _set_places(differs, count)
+    gaps = places.copy()
+    np.subtract(places[1:], places[:-1], out=gaps[1:])
+    gaps[1:] -= 1
     num_long = gaps // LONGEST_GAP
     gaps_bytes = count + int(num_long.sum())
     shortest = min(gaps_bytes, 2 * count, mask_bytes)
@@ -140,7 +144,20 @@ def _told(new: npt.NDArray[np.unsignedinteger], base: npt.NDArray[np.unsignedint
     return _Block(Kind.PLACES, places.astype("<u2").view(np.uint8), new[places])
 
 
+def _set_places(differs: npt.NDArray[np.bool_], count: int) -> Places:
+    """Where the mask is set, in rising order. Few are found by words of it first: twice as fast."""
+    whole = differs.size // WORD_ITEMS * WORD_ITEMS
+    if count * SELDOM > differs.size:
+        return np.flatnonzero(differs)
+    words = np.flatnonzero(differs[:whole].view(np.uint64) != 0)
+    found = np.flatnonzero(differs[:whole].reshape(-1, WORD_ITEMS)[words])
+    places = words[found // WORD_ITEMS] * WORD_ITEMS + found % WORD_ITEMS
+    return np.concatenate([places, whole + np.flatnonzero(differs[whole:])])
+
+
 def _gap_bytes(gaps: Places, num_long: Places, num_bytes: int) -> Bytes:
+    if num_bytes == gaps.size:
+        return gaps.astype(np.uint8)
     told: Bytes = np.full(num_bytes, LONGEST_GAP, dtype=np.uint8)
     told[np.cumsum(num_long + 1) - 1] = gaps - num_long * LONGEST_GAP
     return told
