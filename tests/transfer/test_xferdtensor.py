@@ -1,6 +1,8 @@
 """xferdtensor: p2p and golden against the full tensor, over generated meshes, placements, shapes and dtypes."""
 
 import random
+import subprocess
+import sys
 import time
 from dataclasses import dataclass
 
@@ -204,6 +206,21 @@ def test_the_environment_forces_the_oracle_where_no_back_end_is_named_and_ranks_
     assert first == second
     assert first[0] == 2 * 8 * 4, "the oracle holds the whole tensor, twice"
     assert "chose the back ends ['p2p', 'golden']" in first[1] and f"{GOLDEN_VARIABLE} is 'yes'" in first[2]
+
+
+@pytest.mark.processes
+def test_the_example_runs_as_its_page_says():
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "4",
+        "examples/one_tensor.py",
+    ]
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert ran.returncode == 0, ran.stderr
+    assert sorted(ran.stdout.splitlines()) == [f"rank {rank} has its columns" for rank in (2, 3)]
 
 
 def cast_and_stride_rank(rank: int, port: int) -> None:
