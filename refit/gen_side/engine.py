@@ -23,6 +23,7 @@ from vllm.distributed.weight_transfer.base import WeightTransferEngine
 
 from refit.gen_side.calls import Background, RefitInitInfo, RefitUpdateInfo
 from refit.gen_side.live.audit import AuditReport, Committed, Loaded, audit, observe_commit, observe_staging
+from refit.gen_side.live.configuration import stale_draft
 from refit.gen_side.live.memory import LiveMemory
 from refit.gen_side.loader.hf_index import read_hf_shapes
 from refit.gen_side.loader.trace import LoaderTrace, trace_loader
@@ -269,6 +270,8 @@ class RefitWeightTransferEngine(WeightTransferEngine[RefitInitInfo, RefitUpdateI
             control.close()
             raise told from error
         self._session = Session(control, endpoint, gen_rank)
+        if notice := stale_draft(self.vllm_config):
+            _log.warning("%s: %s", self._session.who, notice)
 
     # What is refitted is said in the six methods that follow; `refit.gen_side.lora` refits adapters with others.
 

@@ -1,5 +1,7 @@
 """An engine says what it runs, and its workers must agree on it."""
 
+from types import SimpleNamespace
+
 import pytest
 
 from refit.gen_side.live.configuration import (
@@ -7,6 +9,7 @@ from refit.gen_side.live.configuration import (
     ONE_RANK,
     EngineDescription,
     WorkerFacts,
+    stale_draft,
     why_not_sequence_parallel,
 )
 from refit.transfer.errors import TransportError
@@ -47,3 +50,16 @@ def test_an_engine_is_described_by_its_workers():
 def test_workers_of_one_engine_that_differ_are_no_engine(what, value):
     with pytest.raises(TransportError, match=what):
         EngineDescription.of(workers(**{what: value}))
+
+
+def test_an_engine_with_a_draft_model_says_that_no_refit_reaches_it():
+    target, draft = SimpleNamespace(model="policy"), SimpleNamespace(model="some/eagle")
+
+    def notice(method: str, drafts: SimpleNamespace) -> str:
+        speculative = SimpleNamespace(method=method, draft_model_config=drafts, target_model_config=target)
+        return stale_draft(SimpleNamespace(speculative_config=speculative))
+
+    assert stale_draft(SimpleNamespace(speculative_config=None)) == ""
+    assert notice("ngram", target) == "", "vLLM puts the target there"
+    said = notice("eagle", draft)
+    assert "'eagle' with draft model 'some/eagle', which no refit reaches" in said and "'ngram'" in said

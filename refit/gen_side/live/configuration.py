@@ -121,3 +121,18 @@ def engine_arguments(sequence_parallel: bool, min_tokens: int | None, eager: boo
         "enforce_eager": eager and not runs_passes,
         "compilation_config": {"pass_config": passes},
     }
+
+
+def stale_draft(vllm_config: Any) -> str:
+    """What to know of an engine that speculates with a draft model: refits do not reach that. "" for all others."""
+    speculative = getattr(vllm_config, "speculative_config", None)
+    draft = getattr(speculative, "draft_model_config", None)
+    if (
+        draft is None or draft is speculative.target_model_config
+    ):  # n-grams and suffixes name the target itself
+        return ""
+    return (
+        f"this engine speculates by {speculative.method!r} with draft model {draft.model!r}, which no refit reaches: "
+        f"answers stay right, since the refitted model checks every drafted token, but fewer drafts are taken the further "
+        f"the policy moves; start it without a draft model, or with method 'ngram', to be rid of that"
+    )
