@@ -133,6 +133,6 @@ def stale_draft(vllm_config: Any) -> str:
         return ""
     return (
         f"this engine speculates by {speculative.method!r} with draft model {draft.model!r}, which no refit reaches: "
-        f"answers stay right, since the refitted model checks every drafted token, but fewer drafts are taken the further "
-        f"the policy moves; start it without a draft model, or with method 'ngram', to be rid of that"
+        f"answers stay right, since the refitted model checks every drafted token, but fewer drafts are taken the "
+        f"further the policy moves; start it without a draft model, or with method 'ngram', to be rid of that"
     )
