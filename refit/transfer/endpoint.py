@@ -37,7 +37,7 @@ from refit.transfer import bulk, golden
 from refit.transfer.attempt import Attempt
 from refit.transfer.broadcast import receive_packed, send_packed, to_wire
 from refit.transfer.bulk import StageJob
-from refit.transfer.compiled import compile_stage
+from refit.transfer.compiled import CompiledStage, compile_stage
 from refit.transfer.delta.base import Base, token_of
 from refit.transfer.delta.mover import DeltaMove
 from refit.transfer.digest import whole_digest
@@ -92,18 +92,7 @@ class Endpoint:
         self.rank = joint_rank(manifest, plan)
         self.who = who(manifest)
         self._described = DescribedParams(manifest.params, self.who)
-        dtypes = {spec.name: spec.dtype for spec in manifest.params}
-        self._stages = [
-            compile_stage(
-                plan,
-                stage,
-                self.rank,
-                dtypes,
-                device,
-                gathers=groups.stages[stage.stage].transport.gathers and not inputs.delta,
-            )
-            for stage in plan.rank_plan(self.rank).stages
-        ]
+        self._stages = self._compiled()
         if inputs.delta:
             base.fit(manifest, plan)
         self._workspaces = [Workspace() for _ in range(inputs.num_streams)]
@@ -111,6 +100,23 @@ class Endpoint:
         self._chunk_bytes = min(MISC_CHUNK_BYTES, inputs.options.bucket_bytes)
         self._attempt = Attempt(0, 0, 0.0, 0.0, 0.0)
         self._phase = "prepare"
+
+    def _compiled(self) -> list[CompiledStage]:
+        """This rank's stages. Deltas are of parcels, so nothing is gathered past those."""
+        dtypes = {spec.name: spec.dtype for spec in self._manifest.params}
+        stages = self.plan.rank_plan(self.rank).stages
+        ways = [self._groups.stages[stage.stage].transport for stage in stages]
+        return [
+            compile_stage(
+                self.plan,
+                stage,
+                self.rank,
+                dtypes,
+                self._device,
+                gathers=way.gathers and not self._inputs.delta,
+            )
+            for stage, way in zip(stages, ways, strict=True)
+        ]
 
     @classmethod
     def prepare(
