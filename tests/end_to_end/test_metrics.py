@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import dataclasses
 import re
 import time
 import urllib.request
@@ -29,7 +30,7 @@ def test_the_metrics_endpoint_shows_the_last_refit(job: Job) -> None:
         record = job.refit(coordinator)
     for step in (record_of_step(3, trained=True), record_of_step(4, trained=False)):
         metrics.add_step(step)
-    metrics.add_refit(record)
+    metrics.add_refit(dataclasses.replace(record, delta_share=0.25))
     found = wait_for("ray_refit_version")
     assert found["ray_grpo_step", ""] == 3  # the rollout that closes a run is no step
     assert found["ray_refit_version", ""] == record.version
@@ -42,6 +43,7 @@ def test_the_metrics_endpoint_shows_the_last_refit(job: Job) -> None:
     low, high = bucket_of(record.seconds["stage"])
     assert low <= near <= high
     assert found["ray_refit_rank_bytes", 'direction="sent",rank="train 0"'] == record.ranks[0].bytes_sent
+    assert found["ray_refit_delta_share", ""] == 0.25
     assert found["ray_refit_bound_ratio", ""] == pytest.approx(record.bound_ratio)
     assert found["ray_refit_extra_memory_bytes", 'kind="staging"'] == record.staged_bytes > 0
 
