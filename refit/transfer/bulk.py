@@ -154,11 +154,8 @@ class _StageMover(Packing):
         return tuple(self.boxed(p, self._slots[slot]) for p in parcels if with_digests or is_copied(p))
 
     def _gathered(self, parts: Sequence[Gather], slot: int) -> list[Parcel]:
-        if not parts:
-            return []
-        own = torch.tensor([self._slots[slot].data_ptr()])
-        places = torch.cat([self.params.addresses, own])
-        return [Parcel(part.peer, NO_BYTES, part.pieces(places)) for part in parts]
+        address = self._slots[slot].data_ptr()
+        return [Parcel(part.peer, NO_BYTES, self.params.seen.pieces(part, address)) for part in parts]
 
     def _outward(self, boxes: tuple[Boxed, ...]) -> list[Parcel]:
         return [

@@ -82,7 +82,7 @@ class Part:
             pieces[:, 1] = self.num_bytes
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Gather:
     """All bytes that a round exchanges with one peer, in their order on the wire."""
 

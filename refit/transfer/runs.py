@@ -9,7 +9,7 @@ from array import array
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from operator import call, is_, lt
+from operator import call, is_, itemgetter, lt
 from typing import TYPE_CHECKING, Protocol
 from weakref import ref
 
@@ -23,6 +23,7 @@ from refit.transfer.rows import WORD_BYTES, Rows, Run, rows_of
 
 MAX_RUNS = 6  # a box of more is cheaper as one strided copy of torch (5 us) than as memmoves (0.7 us each)
 LONG_RUN_BYTES = 64 << 10  # from here on a copy lets other threads run
+LISTED_BYTES = 4 << 20  # of the pieces that are kept per stage; those of long boxes are listed for each round
 NO_ADDRESSES = torch.empty(0, dtype=torch.int64)
 
 
@@ -144,6 +145,10 @@ class Seen:
     def __init__(self, tensors: Sequence[Tensor], pointers: "array[int]") -> None:
         self._watched = tuple(map(ref, tensors))
         self._pointers = pointers.tobytes()
+        self._listed: dict[tuple[HasPieces, int], Tensor] = {}
+        self._listed_bytes = 0
+        self.addresses = torch.frombuffer(pointers, dtype=torch.int64) if pointers else NO_ADDRESSES
+        self.is_word_aligned = not bool((self.addresses % WORD_BYTES).any())
 
     def are(self, tensors: Sequence[Tensor], pointers: "array[int]") -> bool:
         """True if they are the same tensors at the same addresses.
@@ -152,6 +157,22 @@ class Seen:
         each `id` calls it.
         """
         return self._pointers == pointers.tobytes() and all(map(is_, tensors, map(call, self._watched)))
+
+    def pieces(self, gather: "HasPieces", slot: int) -> Tensor:
+        """Where the bytes of a gather lie; `slot` is the address of its slot. Not to be written to: it is kept."""
+        found = self._listed.get((gather, slot))
+        if found is None:
+            found = gather.pieces(torch.cat([self.addresses, torch.tensor([slot])]))
+            if self._listed_bytes + found.nbytes <= LISTED_BYTES:
+                self._listed_bytes += found.nbytes
+                self._listed[gather, slot] = found
+        return found
+
+
+class HasPieces(Protocol):
+    """A gather, known by its identity."""
+
+    def pieces(self, addresses: Tensor) -> Tensor: ...
 
 
 class LiveParams:
@@ -170,14 +191,14 @@ class LiveParams:
     ) -> None:
         self._params = params
         self._bits: dict[str, Tensor] = {}
-        tensors = list(map(params.__getitem__, dtypes))
+        tensors = itemgetter(*dtypes)(params) if len(dtypes) > 1 else [params[name] for name in dtypes]
         pointers = array("q", map(Tensor.data_ptr, tensors))
         if seen is None or not seen.are(tensors, pointers):
             _require_all(tensors, dtypes, reach_bytes)
             seen = Seen(tensors, pointers)
         self.seen = seen
-        self.addresses = torch.frombuffer(pointers, dtype=torch.int64) if pointers else NO_ADDRESSES
-        self.is_word_aligned = not bool((self.addresses % WORD_BYTES).any())
+        self.addresses = seen.addresses
+        self.is_word_aligned = seen.is_word_aligned
 
     def values(self, name: str) -> Tensor:
         return self._params[name].detach()

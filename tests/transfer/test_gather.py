@@ -9,7 +9,7 @@ from refit.plan import build_plan
 from refit.transfer import compiled as compiled_module
 from refit.transfer import gather as gather_module
 from refit.transfer.compiled import compile_stage
-from refit.transfer.gather import Gather, Rows, rows_of_moves
+from refit.transfer.gather import SLOT, Gather, Rows, rows_of_moves
 from refit.transfer.memory import as_bits, as_bytes, strided_box
 from refit.transfer.runs import LiveParams
 from tests.transfer.cases import empty_params, fill_params, make_case, param_dtypes
@@ -112,3 +112,17 @@ def test_a_long_box_weighs_the_same_where_it_lies(monkeypatch):
                 assert torch.equal(sums, expected) and bool(sums.any())
                 num_in_place += 1
     assert num_in_place > 10
+
+
+def test_places_are_listed_once_per_slot_as_long_as_the_params_stay_where_they_are():
+    params = {"p": torch.zeros(64, dtype=torch.uint8)}
+    gather = Gather.of(1, [Rows(0, 8, (), (), 16), Rows(SLOT, 4, (), (), 32)])
+    live = LiveParams(params, {"p": torch.uint8}, [64])
+    first = live.seen.pieces(gather, 1000)
+    assert first.tolist() == [[params["p"].data_ptr() + 8, 16], [1004, 32]]
+    again = LiveParams(params, {"p": torch.uint8}, [64], live.seen)
+    assert again.seen.pieces(gather, 1000) is first
+    assert again.seen.pieces(gather, 2000).tolist()[1] == [2004, 32]
+    params["p"].data = torch.zeros(64, dtype=torch.uint8)
+    moved = LiveParams(params, {"p": torch.uint8}, [64], live.seen).seen.pieces(gather, 1000)
+    assert moved.tolist() == [[params["p"].data_ptr() + 8, 16], [1004, 32]] and not torch.equal(moved, first)
