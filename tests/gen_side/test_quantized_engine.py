@@ -22,6 +22,9 @@ pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
 
 SIZES = {"hidden_size": 256, "head_dim": 128, "intermediate_size": 512, "num_hidden_layers": 2}
 EXPERTS = {"moe_intermediate_size": 256, "num_experts": 4}
+HAS_FP8_KV = torch.cpu._is_avx512_supported() or torch.cpu._is_amx_tile_supported()
+NO_FP8_KV = "vLLM has an FP8 KV cache on CPUs with AVX-512 or AMX only"
+KV = "fp8" if HAS_FP8_KV else "auto"
 KL_LIMIT = 1.2e-2
 BYTES_LIMIT = 0.52
 
@@ -77,14 +80,16 @@ def differing(found, wanted):
 
 def test_fp8_weights_and_kv_scales_arrive_as_if_loaded_from_disk_twice_in_a_row(folders):
     start, changed = folders
-    fresh = built(changed, kv_cache_dtype="fp8")
+    fresh = built(changed, kv_cache_dtype=KV)
     goal, goal_scales, goal_answers = parameters(fresh), scales(fresh), greedy(fresh)
     fresh.close()
-    generator = built(start, kv_cache_dtype="fp8")
+    generator = built(start, kv_cache_dtype=KV)
     try:
         before, before_scales = parameters(generator), scales(generator)
-        assert goal_scales == [(4 * (0.5 + i), 4 * (0.75 + i)) * 2 for i in range(2)]
-        assert before_scales != goal_scales and differing(before, goal)
+        if HAS_FP8_KV:
+            assert goal_scales == [(4 * (0.5 + i), 4 * (0.75 + i)) * 2 for i in range(2)]
+            assert before_scales != goal_scales
+        assert differing(before, goal)
         assert any(dtype is torch.float8_e4m3fn for dtype, _ in before.values())
         with Rounds(generator, tensors_of(start), 1) as rounds:
             kinds = {tensor.name: tensor.kind for tensor in rounds.plan.tensors.values()}
@@ -103,6 +108,8 @@ def test_fp8_weights_and_kv_scales_arrive_as_if_loaded_from_disk_twice_in_a_row(
         assert greedy(generator) == goal_answers
     finally:
         generator.close()
+    if not HAS_FP8_KV:
+        pytest.skip(f"the weights arrived; their KV scales were not tried: {NO_FP8_KV}")
 
 
 def decoded(tensors, name):
@@ -116,7 +123,7 @@ def decoded(tensors, name):
 @pytest.mark.processes
 def test_an_fp8_weight_is_read_as_stored_and_dequantized_from_a_live_engine(folders):
     parallel = GenParallel(tensor=2)
-    generator = Generator.build(folders[0], parallel, GenOptions(kv_cache_dtype="fp8"), BUILD_S)
+    generator = Generator.build(folders[0], parallel, GenOptions(kv_cache_dtype=KV), BUILD_S)
     try:
         with Rounds(generator, tensors_of(folders[0]), parallel.num_ranks) as rounds:
             reader = Reader(JobEngine(rounds.control, 0, parallel.num_ranks), rounds.control, TIMEOUT_S)
@@ -177,6 +184,7 @@ def scales_per_head(generator):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not HAS_FP8_KV, reason=NO_FP8_KV)
 def test_kv_scales_of_each_head_arrive_in_place_and_a_second_refit_does_not_compound_them(tmp_path):
     start = make_tiny_model("tiny-qwen3", tmp_path / "start", overrides={"num_hidden_layers": 2})
     changed = shifted(start, tmp_path / "changed", seed=1)
