@@ -42,8 +42,8 @@ def test_the_reference_lists_every_key_with_its_type_and_default_and_no_other() 
 
 
 def test_every_environment_variable_that_configures_a_job_is_in_the_reference() -> None:
-    from refit.service import config
+    from refit.transfer import forced
 
-    names = [value for name, value in vars(config).items() if name.endswith("_VARIABLE")]
+    names = [value for name, value in vars(forced).items() if name.endswith("_VARIABLE")]
     assert names
     assert all(f"`{name}`" in PAGE.read_text() for name in names)

@@ -91,7 +91,7 @@ def test_deltas_run_over_the_reference_transport():
     wire_bytes = []
     for version in (1, 2, 3):
         reports, errors = world.refit(version)
-        assert errors == [] and faults_found(world.plan, reports) == () and not world.wrong_tensors(version)
+        assert errors == [] and not faults_found(world.plan, reports) and not world.wrong_tensors(version)
         wire_bytes.append(sum(report.wire_bytes_sent for rank in (0, 1) for report in reports[rank]))
     assert max(wire_bytes[1:]) < 0.5 * wire_bytes[0], wire_bytes
 
@@ -105,7 +105,7 @@ def test_after_a_failure_on_the_way_a_half_changed_base_is_never_used(number):
     assert world.bases[0].token == bytes([1]) * 16, "the trainer still has version 1"
     for version in (3, 4):
         reports, errors = world.refit(version)
-        assert errors == [] and faults_found(world.plan, reports) == () and not world.wrong_tensors(version)
+        assert errors == [] and not faults_found(world.plan, reports) and not world.wrong_tensors(version)
 
 
 @pytest.mark.slow
