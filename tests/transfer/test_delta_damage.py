@@ -120,7 +120,7 @@ def test_a_lying_wire_is_refused_or_named_and_never_goes_unseen(kind):
         if errors:
             outcomes.add("refused")
         else:
-            assert {(fault.tensor, fault.dst_rank) for fault in faults_found(world.plan, reports)} == wrong
+            assert faults_found(world.plan, reports) == wrong
             outcomes.add("named" if wrong else "harmless")
     assert "refused" in outcomes
     if kind == CORRUPT:

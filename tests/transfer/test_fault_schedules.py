@@ -20,6 +20,7 @@ from refit.plan import build_plan
 from refit.service.agreement import collect_reports, describe_mismatches, mismatches_of
 from refit.transfer import watch as watching
 from refit.transfer.bounded import BoundedCalls
+from refit.transfer.delta.base import Base
 from refit.transfer.endpoint import Endpoint
 from refit.transfer.errors import RefitFailed, TransportError
 from refit.transfer.groups import Group, Groups
@@ -141,7 +142,7 @@ class Schedules(RuleBasedStateMachine):
             groups = Groups(stages, None)
             pulse = Watch(self.control, rank, groups.abort)
             self.endpoints[rank] = Endpoint(
-                self.control, case.manifest(rank), inputs, plan, groups, pulse, torch.device("cpu")
+                self.control, case.manifest(rank), inputs, plan, groups, pulse, torch.device("cpu"), Base()
             )
 
     def round(self, dies: int | None = None, moment: str = "", decides: bool = True) -> str:
