@@ -6,7 +6,6 @@ the rows. Layers and experts repeat, so in a parcel the same box comes again and
 these are one call over memory that is read in place. A dim of size one only scales: experts share their weights.
 """
 
-import importlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from refit.plan import Region, Segment
 from refit.transfer.digest import CHUNK_ELEMENTS, FOLD_BITS, WORD_BYTES, Weighing, digest, signed
+from refit.transfer.kernels.words import weigh_boxes  # compiled here, outside of any deadline
 from refit.transfer.memory import bits_dtype, torch_dtype
 
 FREE_BYTES = 16 << 10  # weights of one box up to this size are kept however small the box
@@ -57,8 +57,6 @@ class Chain:
         if words.is_cuda:
             sums.index_add_(0, self.sum_indexes, self.digests(words))
             return
-        from refit.transfer.kernels.words import weigh_boxes
-
         per_box = (self.scales.numpy(), self.ones.numpy(), self.sum_indexes.numpy())
         weights = (self.weights.numpy(), self.row_weights.numpy())
         weigh_boxes(words.numpy(), self.first_word, self.stride, *weights, *per_box, sums.numpy())
@@ -126,10 +124,6 @@ class WeighingInMaking:
         self._device = device
         self._indexes: dict[tuple[str, int], int] = {}
         self._weights: dict[object, tuple[Tensor, Tensor]] = {}
-        if device.type == "cpu":
-            importlib.import_module(
-                "refit.transfer.kernels.words"
-            )  # compiles now what a refit must not wait for
 
     @property
     def sums(self) -> tuple[tuple[str, int], ...]:

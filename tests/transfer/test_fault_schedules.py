@@ -25,7 +25,7 @@ from refit.transfer.endpoint import Endpoint
 from refit.transfer.errors import RefitFailed, TransportError
 from refit.transfer.groups import Group, Groups
 from refit.transfer.protocol import P2P, Inputs, decision_key
-from refit.transfer.rendezvous import ControlStore
+from refit.transfer.rendezvous import ANSWER_S, ControlStore
 from refit.transfer.transports.in_memory import FAULTS, Fault, InMemoryNetwork
 from refit.transfer.watch import Watch
 from tests.transfer.cases import empty_params, fill_params, make_case, same_bits
@@ -39,7 +39,7 @@ class LocalStore(ControlStore):
     """The control store without a socket."""
 
     def __init__(self, run_id: str) -> None:
-        self._calls = CALLS
+        self._calls, self._answer_s = CALLS, ANSWER_S
         self.address, self.port, self.run_id = "127.0.0.1", 0, run_id
         self._store = PrefixStore(f"refit/{run_id}", HashStore())
 
