@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from llvmlite.binding import ffi
 
 from refit.plan import Region, Segment
 from refit.transfer.compiled import Move
@@ -142,3 +143,8 @@ def test_a_loop_that_numba_finds_no_folder_for_is_compiled_all_the_same():
 def test_boxes_that_only_look_alike_do_not_share_weights(other, dtype):
     boxes = [("a", Region((0,), (16,)), "bfloat16"), ("b", other, dtype)]
     require_right_sums(moves_of(boxes), {"a": (16,), "b": other.stops})
+
+
+def test_the_library_that_compiles_does_not_pass_a_function_for_a_dict():
+    assert not hasattr(ffi.lib, "__dict__"), "vLLM looks at every name of every module, and fails at this one"
+    assert callable(ffi.lib.LLVMPY_GetVersionInfo)

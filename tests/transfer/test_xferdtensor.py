@@ -220,7 +220,7 @@ def test_the_example_runs_as_its_page_says():
     ]
     ran = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert ran.returncode == 0, ran.stderr
-    assert sorted(ran.stdout.splitlines()) == [f"rank {rank} has its columns" for rank in (2, 3)]
+    assert all(ran.stdout.count(f"rank {rank} has its columns") == 1 for rank in (2, 3)), ran.stdout
 
 
 def cast_and_stride_rank(rank: int, port: int) -> None:

@@ -5,8 +5,10 @@ writes the folded words down first, makes 3.5 and a copy 8. No function holds th
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
+from llvmlite.binding import ffi
 from numba import njit
 from numpy.typing import NDArray
 
@@ -60,6 +62,24 @@ def _compiled[F: Callable[..., None]](function: F, *types: str) -> F:
     return found
 
 
+def _answer_to_functions_only() -> None:
+    """Let llvmlite's handle of its library answer to functions only.
+
+    It takes any name for a function's, `__dict__` too. vLLM 0.31 looks for its kernels in the names of all modules as it
+    builds an engine on a CPU, then takes a function for a dict, and fails.
+    """
+    handle = type(ffi.lib)
+    function_of = handle.__getattr__
+
+    def getattr_of(self: Any, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(f"{handle.__name__} has no attribute {name!r}")
+        return function_of(self, name)
+
+    handle.__getattr__ = getattr_of
+
+
+_answer_to_functions_only()
 _WORDS = "int64[::1]"
 fold_products = _compiled(_add_rows, _WORDS, "int64", _WORDS, _WORDS)
 weigh_boxes = _compiled(_add_boxes, _WORDS, "int64", "int64", *[_WORDS] * 6)
