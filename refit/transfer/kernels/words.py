@@ -65,7 +65,7 @@ def _compiled[F: Callable[..., None]](function: F, *types: str) -> F:
 def _answer_to_functions_only() -> None:
     """Let llvmlite's handle of its library answer to functions only.
 
-    It takes any name for a function's, `__dict__` too. vLLM 0.31 looks for its kernels in the names of all modules as it
+    It takes any name for a function's, `__dict__` too. vLLM 0.31 looks for kernels in the names of all modules as it
     builds an engine on a CPU, then takes a function for a dict, and fails.
     """
     handle = type(ffi.lib)
