@@ -51,7 +51,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _by_the_job(arguments: argparse.Namespace) -> dict[str, Any]:
     """Trainers take part in collectives only between two steps of their job, which therefore compares."""
-    from refit.service.access import ask_trainers, only_running_job
+    from refit.service.access import ask_trainers
     from refit.transfer.errors import TransportError
 
     other = arguments.right if arguments.left == TRAINERS else arguments.left
@@ -59,7 +59,7 @@ def _by_the_job(arguments: argparse.Namespace) -> dict[str, Any]:
         raise ConfigError(
             f"trainers are compared with an engine of their job; {other!r} is none, write engine:0"
         )
-    answer = ask_trainers(arguments.run_dir or only_running_job(), _place(other), arguments.only)
+    answer = ask_trainers(arguments.run_dir, _place(other), arguments.only)
     if "error" in answer:
         raise TransportError(answer["error"])
     report: dict[str, Any] = answer["report"]
@@ -82,12 +82,11 @@ def _here(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _weights(side: str, arguments: argparse.Namespace, stack: ExitStack) -> "Weights":
-    from refit.service.access import job_reader, only_running_job, server_reader
+    from refit.service.access import job_reader, server_reader
     from refit.service.holders import CheckpointWeights, EngineWeights
 
     if side.startswith(ENGINE):
-        run_dir = arguments.run_dir or only_running_job()
-        reader = stack.enter_context(job_reader(run_dir, _place(side), arguments.timeout))
+        reader = stack.enter_context(job_reader(arguments.run_dir, _place(side), arguments.timeout))
         return EngineWeights(reader)
     if side.startswith(("http://", "https://")):
         return EngineWeights(stack.enter_context(server_reader(side, arguments.address, arguments.timeout)))

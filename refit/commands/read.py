@@ -63,7 +63,7 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """0, or 1 with the cause when the engine cannot give the rows."""
     from refit.plan.read import parse_slice
-    from refit.service.access import job_reader, only_running_job, server_reader
+    from refit.service.access import job_reader, server_reader
     from refit.transfer.errors import RefitFailed, TransportError
 
     name, (start, stop) = parse_slice(arguments.tensor) if arguments.tensor else ("", (None, None))
@@ -71,8 +71,7 @@ def run(arguments: argparse.Namespace) -> int:
         if arguments.server:
             opened = server_reader(arguments.server, arguments.address, arguments.timeout)
         else:
-            run_dir = arguments.run_dir or only_running_job()
-            opened = job_reader(run_dir, arguments.engine, arguments.timeout)
+            opened = job_reader(arguments.run_dir, arguments.engine, arguments.timeout)
         with opened as reader:
             if name:
                 _show(_read(reader, name, slice(start, stop), arguments), arguments)

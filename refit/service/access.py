@@ -82,9 +82,9 @@ def only_running_job(runs: Path = RUNS) -> Path:
 
 
 @contextlib.contextmanager
-def job_reader(run_dir: Path, place: int = 0, timeout_s: float = TIMEOUT_S) -> Iterator[Reader]:
-    """A reader of the `place`-th engine of the job that runs in a folder."""
-    address = JobAddress.of(run_dir)
+def job_reader(run_dir: Path | None, place: int = 0, timeout_s: float = TIMEOUT_S) -> Iterator[Reader]:
+    """A reader of the `place`-th engine of the job that runs in a folder; None: of the only one that runs."""
+    address = JobAddress.of(run_dir or only_running_job())
     if not 0 <= place < address.engines:
         raise ConfigError(f"engine {place} is not there: the job has engines 0 to {address.engines - 1}")
     control = address.join()
@@ -105,9 +105,12 @@ def server_reader(url: str, address: str = LOOPBACK, timeout_s: float = TIMEOUT_
         control.close()
 
 
-def ask_trainers(run_dir: Path, place: int, pattern: str, timeout_s: float = STEP_S) -> Any:
-    """A diff of a job's trainers against an engine of it, made by the job at the end of its step; as JSON."""
-    control = JobAddress.of(run_dir).join()
+def ask_trainers(run_dir: Path | None, place: int, pattern: str, timeout_s: float = STEP_S) -> Any:
+    """A diff of a job's trainers against an engine of it, made by the job at the end of its step; as JSON.
+
+    `run_dir` as in `job_reader`.
+    """
+    control = JobAddress.of(run_dir or only_running_job()).join()
     try:
         desk = control.under(DESK)
         number = desk.count("asks/trainer", 1)
