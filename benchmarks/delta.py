@@ -24,7 +24,8 @@ from dataclasses import dataclass
 
 import torch
 
-from benchmarks.transfer import CPU, NUM_STREAMS, TIMEOUT_S, Case, commit, dense, hardware, manifests
+from benchmarks.ranks import TIMEOUT_S, run_ranks
+from benchmarks.transfer import CPU, NUM_STREAMS, Case, commit, dense, hardware, manifests
 from refit.plan import build_plan
 from refit.transfer import bulk
 from refit.transfer.bulk import StageJob
@@ -55,7 +56,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, object]:
     case = TINY if options.tiny else NORMAL
     before = hardware()
     multiprocessing.get_context("forkserver").set_forkserver_preload(["refit.transfer.endpoint"])
-    rows = run_ranks(case, options.repeats)
+    train, gen, _ = manifests(case)
+    num_ranks = len(train.ranks) + len(gen.ranks)
+    rows = run_ranks(case.name, num_ranks, rank_main, case, options.repeats)
     line: dict[str, object] = {
         "benchmark": "delta",
         "commit": commit(),
@@ -69,27 +72,6 @@ def main(argv: Sequence[str] | None = None) -> dict[str, object]:
     }
     print(json.dumps(line))
     return line
-
-
-def run_ranks(case: Case, repeats: int) -> list[dict[str, object]]:
-    """What each rank measured."""
-    train, gen, _ = manifests(case)
-    num_ranks = len(train.ranks) + len(gen.ranks)
-    host = ControlStore.host(run_id=case.name)
-    context = multiprocessing.get_context("forkserver")
-    processes = [
-        context.Process(target=rank_main, args=(rank, host.port, case, repeats), daemon=True)
-        for rank in range(num_ranks)
-    ]
-    for process in processes:
-        process.start()
-    try:
-        return [host.get(f"row/{rank}", TIMEOUT_S * 2) for rank in range(num_ranks)]
-    finally:
-        for process in processes:
-            process.join(10)
-            process.kill()
-        host.close()
 
 
 def share_row(share: float, rows: Sequence[dict]) -> dict[str, object]:

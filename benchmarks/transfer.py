@@ -35,6 +35,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.gather_broadcast import GatherBroadcast
+from benchmarks.ranks import TIMEOUT_S, run_ranks
 from refit.plan import Manifest, PlanOptions, build_plan
 from refit.plan.synth.config import model_from_config
 from refit.plan.synth.gen import gen_manifest
@@ -53,7 +54,6 @@ from refit.transfer.transports.seam import Parcel
 from refit.transfer.workspace import Workspace
 
 CPU = torch.device("cpu")
-TIMEOUT_S = 300.0
 NUM_STREAMS = 2
 RAW_PIECE_BYTES = 256 << 20  # of one operation; smaller ones are slower, and a limit must not be
 PEER_REPEATS = 1
@@ -168,21 +168,7 @@ def run_case(case: Case, repeats: int, peers: Sequence[str]) -> dict[str, object
         # megatron-core 0.19 finds experts under another expert parallel size only by Transformer Engine's grouped names
         peers = [path for path in peers if path != MCORE]
     num_ranks = len(train.ranks) + len(gen.ranks)
-    host = ControlStore.host(run_id=case.name)
-    context = multiprocessing.get_context("forkserver")
-    processes = [
-        context.Process(target=rank_main, args=(rank, host.port, case, repeats, peers), daemon=True)
-        for rank in range(num_ranks)
-    ]
-    for process in processes:
-        process.start()
-    try:
-        found = [host.get(f"row/{rank}", TIMEOUT_S * 2) for rank in range(num_ranks)]
-    finally:
-        for process in processes:
-            process.join(10)
-            process.kill()
-        host.close()
+    found = run_ranks(case.name, num_ranks, rank_main, case, repeats, peers)
     return case_row(case, [row for row in found if isinstance(row, dict)])
 
 
