@@ -19,25 +19,22 @@ import multiprocessing
 import os
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
-from benchmarks.ranks import TIMEOUT_S, run_ranks
-from benchmarks.transfer import CPU, NUM_STREAMS, Case, commit, dense, hardware, manifests
+from benchmarks.ranks import CPU, TIMEOUT_S, Mover, run_ranks
+from benchmarks.transfer import Case, commit, dense, hardware, manifests
 from refit.plan import build_plan
 from refit.transfer import bulk
-from refit.transfer.bulk import StageJob
 from refit.transfer.compiled import CompiledStage, compile_stage
 from refit.transfer.delta.base import Base, token_of
 from refit.transfer.delta.mover import DeltaMove
 from refit.transfer.groups import open_group, open_groups
-from refit.transfer.lanes import run_lanes
 from refit.transfer.memory import as_bits, torch_dtype
 from refit.transfer.rendezvous import ControlStore
-from refit.transfer.report import PACK, UNPACK, BulkReport
-from refit.transfer.workspace import Workspace
+from refit.transfer.report import PACK, UNPACK
 
 SHARES = (0.001, 0.01, 0.1, 1.0)
 FULL, DELTA = "full", "delta"
@@ -152,7 +149,7 @@ class Rank:
                 )
                 for stage in self.plan.rank_plan(self.rank).stages
             ]
-        self.workspaces = [Workspace() for _ in range(NUM_STREAMS)]
+        self.mover = Mover(self.plan, self.rank, self.params, self.groups)
         self.version = 0
 
     def barrier(self) -> None:
@@ -175,9 +172,10 @@ class Rank:
         self.barrier()
         began, cpu_before = time.perf_counter(), time.process_time()
         if way == FULL:
-            report, keep_s = self.moved(bulk.move_stage, FULL), 0.0
+            report, keep_s = self.mover.move(self.stages[FULL], bulk.move_stage), 0.0
         else:
-            report = self.moved(DeltaMove(self.base, self.base.begin(self.params)).move_stage, DELTA)
+            move = DeltaMove(self.base, self.base.begin(self.params))
+            report = self.mover.move(self.stages[DELTA], move.move_stage)
             moved = time.perf_counter()
             self.base.end(self.params, token_of("benchmark", self.version, 0))
             self.base.committed()
@@ -191,23 +189,6 @@ class Rank:
             "keep": keep_s,
             "wire_bytes": report.wire_bytes_sent,
         }
-
-    def moved(self, mover: Callable[[StageJob], BulkReport], way: str) -> BulkReport:
-        jobs = [
-            StageJob(
-                self.plan,
-                stage,
-                self.rank,
-                self.params,
-                self.groups.stages[stage.stage],
-                time.monotonic() + TIMEOUT_S,
-                CPU,
-                False,
-                self.workspaces[number % NUM_STREAMS],
-            )
-            for number, stage in enumerate(self.stages[way])
-        ]
-        return run_lanes(jobs, mover, NUM_STREAMS, lambda _: self.groups.abort())
 
 
 def rank_main(rank: int, port: int, case: Case, repeats: int) -> None:

@@ -35,26 +35,21 @@ from pathlib import Path
 import torch
 
 from benchmarks.gather_broadcast import GatherBroadcast
-from benchmarks.ranks import TIMEOUT_S, run_ranks
+from benchmarks.ranks import CPU, TIMEOUT_S, Mover, run_ranks
 from refit.plan import Manifest, PlanOptions, build_plan
 from refit.plan.synth.config import model_from_config
 from refit.plan.synth.gen import gen_manifest
 from refit.plan.synth.parallel import parse_gen, parse_train
 from refit.plan.synth.train import train_manifest
 from refit.transfer import bulk, golden
-from refit.transfer.bulk import StageJob
 from refit.transfer.compiled import CompiledRound, compile_stage
 from refit.transfer.groups import Groups, open_group, open_groups
-from refit.transfer.lanes import run_lanes
 from refit.transfer.memory import torch_dtype
 from refit.transfer.protocol import AUTO, PROCESS_GROUP, TCP
 from refit.transfer.rendezvous import ControlStore
 from refit.transfer.report import BulkReport
 from refit.transfer.transports.seam import Parcel
-from refit.transfer.workspace import Workspace
 
-CPU = torch.device("cpu")
-NUM_STREAMS = 2
 RAW_PIECE_BYTES = 256 << 20  # of one operation; smaller ones are slower, and a limit must not be
 PEER_REPEATS = 1
 OURS = ("raw", "p2p", "p2p_digest")
@@ -256,7 +251,7 @@ class Bench:
             )
             for stage in stages
         ]
-        self.workspaces = [Workspace() for _ in range(NUM_STREAMS)]
+        self.mover = Mover(self.plan, rank, self.params, self.groups)
         self.gather = GatherBroadcast(self.plan, manifest, self.params, self.all, self.groups.misc)
         self.report = BulkReport()
         self.extra_rss_bytes = 0
@@ -288,9 +283,9 @@ class Bench:
         deadline = time.monotonic() + TIMEOUT_S
         runs: dict[str, Callable[[], object]] = {
             "raw": lambda: self.raw(deadline),
-            "p2p": lambda: self.move(bulk.move_stage, deadline),
-            "p2p_digest": lambda: self.move(bulk.move_stage, deadline, with_digests=True),
-            "golden": lambda: self.move(golden.move_stage, deadline),
+            "p2p": lambda: self.mover.move(self.stages, bulk.move_stage),
+            "p2p_digest": lambda: self.mover.move(self.stages, bulk.move_stage, with_digests=True),
+            "golden": lambda: self.mover.move(self.stages, golden.move_stage),
             "gather_broadcast": lambda: self.gather.run(self.bucket_bytes, deadline),
         }
         if self.mcore is not None:
@@ -305,26 +300,6 @@ class Bench:
             self.report = result
             self.extra_rss_bytes = max(self.extra_rss_bytes, memory_bytes("VmHWM") - before)
         return took
-
-    def move(
-        self, mover: Callable[[StageJob], BulkReport], deadline: float, with_digests: bool = False
-    ) -> BulkReport:
-        groups = self.groups.stages
-        jobs = [
-            StageJob(
-                self.plan,
-                stage,
-                self.rank,
-                self.params,
-                groups[stage.stage],
-                deadline,
-                CPU,
-                with_digests,
-                self.workspaces[number % NUM_STREAMS],
-            )
-            for number, stage in enumerate(self.stages)
-        ]
-        return run_lanes(jobs, mover, NUM_STREAMS, lambda _: self.groups.abort())
 
     def raw(self, deadline: float) -> None:
         """The same bytes between the same pairs by gloo, from and into flat buffers, all posted before any wait."""

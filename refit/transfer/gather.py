@@ -13,6 +13,7 @@ from torch import Tensor
 
 from refit.transfer.memory import torch_dtype
 from refit.transfer.runs import HasRuns, inner_dims
+from refit.transfer.transports.seam import Pieces
 
 SHORTEST_BYTES = 1024  # on average; a row costs the kernel 0.1 us, about as much as to copy 700 bytes
 MOST_LISTED = 64  # rows of one box that are listed for good
@@ -103,13 +104,13 @@ class Gather:
                     groups[-1].append(rows)
         return cls(peer, tuple(Part.of(group) for group in groups))
 
-    def pieces(self, addresses: Tensor) -> Tensor:
-        """An int64 [n, 2] of address and bytes; `addresses`: of the stage's params, and last that of the slot."""
+    def pieces(self, addresses: Tensor) -> Pieces:
+        """Where they lie; `addresses`: of the stage's params, and last that of the slot."""
         counts = [part.count for part in self.parts]
         found = torch.empty((sum(counts), 2), dtype=torch.int64)
         for part, rows in zip(self.parts, torch.split(found, counts), strict=True):
             part.list_into(rows, addresses)
-        return found
+        return Pieces.of(found)
 
 
 def rows_of_moves(moves: Sequence[HasRuns], positions: Sequence[int]) -> list[Rows] | None:

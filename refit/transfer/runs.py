@@ -20,10 +20,11 @@ from refit.plan import Segment
 from refit.transfer.errors import TransportError
 from refit.transfer.memory import as_bits, torch_dtype
 from refit.transfer.rows import WORD_BYTES, Rows, Run, rows_of
+from refit.transfer.transports.seam import Pieces
 
 MAX_RUNS = 6  # a box of more is cheaper as one strided copy of torch (5 us) than as memmoves (0.7 us each)
 LONG_RUN_BYTES = 64 << 10  # from here on a copy lets other threads run
-LISTED_BYTES = 4 << 20  # of the pieces that are kept per stage; those of long boxes are listed for each round
+LISTED_BYTES = 6 << 20  # of the pieces that are kept per stage; those of long boxes are listed for each round
 NO_ADDRESSES = torch.empty(0, dtype=torch.int64)
 
 
@@ -145,7 +146,7 @@ class Seen:
     def __init__(self, tensors: Sequence[Tensor], pointers: "array[int]") -> None:
         self._watched = tuple(map(ref, tensors))
         self._pointers = pointers.tobytes()
-        self._listed: dict[tuple[HasPieces, int], Tensor] = {}
+        self._listed: dict[tuple[HasPieces, int], Pieces] = {}
         self._listed_bytes = 0
         self.addresses = torch.frombuffer(pointers, dtype=torch.int64) if pointers else NO_ADDRESSES
         self.is_word_aligned = not bool((self.addresses % WORD_BYTES).any())
@@ -158,13 +159,14 @@ class Seen:
         """
         return self._pointers == pointers.tobytes() and all(map(is_, tensors, map(call, self._watched)))
 
-    def pieces(self, gather: "HasPieces", slot: int) -> Tensor:
-        """Where the bytes of a gather lie; `slot` is the address of its slot. Not to be written to: it is kept."""
+    def pieces(self, gather: "HasPieces", slot: int) -> Pieces:
+        """Where the bytes of a gather lie; `slot` is the address of its slot."""
         found = self._listed.get((gather, slot))
         if found is None:
             found = gather.pieces(torch.cat([self.addresses, torch.tensor([slot])]))
-            if self._listed_bytes + found.nbytes <= LISTED_BYTES:
-                self._listed_bytes += found.nbytes
+            num_bytes = found.table.nbytes + found.ends.nbytes
+            if self._listed_bytes + num_bytes <= LISTED_BYTES:
+                self._listed_bytes += num_bytes
                 self._listed[gather, slot] = found
         return found
 
@@ -172,7 +174,7 @@ class Seen:
 class HasPieces(Protocol):
     """A gather, known by its identity."""
 
-    def pieces(self, addresses: Tensor) -> Tensor: ...
+    def pieces(self, addresses: Tensor) -> Pieces: ...
 
 
 class LiveParams:

@@ -10,7 +10,7 @@ import torch
 from refit.transfer.errors import TransportError
 from refit.transfer.rendezvous import ControlStore
 from refit.transfer.transports import tcp_links
-from refit.transfer.transports.seam import Parcel
+from refit.transfer.transports.seam import Parcel, Pieces
 from refit.transfer.transports.tcp import MOST_PIECES
 from tests.transfer.test_transports import at_once, noise, soon
 
@@ -38,7 +38,7 @@ def ends():
 def scattered(memory, sizes, gap):
     """Pieces of these sizes in `memory`, with gaps between them."""
     starts = torch.tensor([0, *sizes[:-1]]).add(gap).cumsum(0)
-    return torch.stack([starts + memory.data_ptr(), torch.tensor(sizes)], 1), starts.tolist()
+    return Pieces.of(torch.stack([starts + memory.data_ptr(), torch.tensor(sizes)], 1)), starts.tolist()
 
 
 def test_bytes_in_many_places_arrive_in_many_others_whatever_the_cuts(ends):

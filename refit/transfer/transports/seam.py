@@ -16,37 +16,55 @@ SEND, RECEIVE = "send", "receive"
 
 
 @dataclass(frozen=True, slots=True)
+class Pieces:
+    """Places of bytes in their order: `table` is int64 [n, 2] of address and bytes, `ends` [n] sums the bytes up.
+
+    Neither is written to by a transport, and the memory they speak of is the caller's to keep.
+    """
+
+    table: Tensor
+    ends: Tensor
+
+    @classmethod
+    def of(cls, table: Tensor) -> "Pieces":
+        return cls(table, table[:, 1].cumsum(0))
+
+    @property
+    def num_bytes(self) -> int:
+        return int(self.ends[-1]) if len(self.ends) else 0
+
+
+@dataclass(frozen=True, slots=True)
 class Parcel:
     """`payload` (contiguous uint8, one dim) goes to, or comes from, joint rank `peer`.
 
-    `pieces`, only for a transport that gathers: the bytes lie there instead, in this order, and `payload` is empty. An
-    int64 tensor [n, 2] of address and bytes; the memory is the caller's to keep.
+    `pieces`, only for a transport that gathers: the bytes lie there instead, and `payload` is empty.
     """
 
     peer: int
     payload: Tensor
-    pieces: Tensor | None = None
+    pieces: Pieces | None = None
 
     @property
     def num_bytes(self) -> int:
-        return self.payload.numel() if self.pieces is None else int(self.pieces[:, 1].sum())
+        return self.payload.numel() if self.pieces is None else self.pieces.num_bytes
 
     @property
     def parts(self) -> list[Tensor]:
         """The memory itself, piece by piece; not for parcels of many pieces that have to be quick."""
         if self.pieces is None:
             return [self.payload] if self.payload.numel() else []
-        return [_memory(address, num_bytes) for address, num_bytes in self.pieces.tolist() if num_bytes]
+        return [_memory(address, num_bytes) for address, num_bytes in self.pieces.table.tolist() if num_bytes]
 
     def packed(self) -> "Parcel":
         """The same bytes, copied into one payload."""
         return Parcel(self.peer, torch.cat(self.parts) if self.parts else self.payload.clone())
 
-    def places(self) -> Tensor:
+    def places(self) -> Pieces:
         """Where the bytes lie, as `pieces`."""
         if self.pieces is not None:
             return self.pieces
-        return torch.tensor([[self.payload.data_ptr(), self.payload.numel()]])
+        return Pieces.of(torch.tensor([[self.payload.data_ptr(), self.payload.numel()]]))
 
 
 @dataclass(frozen=True, slots=True)

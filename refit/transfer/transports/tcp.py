@@ -22,10 +22,18 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
 
 from refit.transfer.errors import TransportError
-from refit.transfer.transports.seam import RECEIVE, SEND, Operation, Parcel, Ticket, describe, outstanding
+from refit.transfer.transports.seam import (
+    RECEIVE,
+    SEND,
+    Operation,
+    Parcel,
+    Pieces,
+    Ticket,
+    describe,
+    outstanding,
+)
 
 HEADER = struct.Struct("<QQ")  # tag, bytes that follow
 MOST_PIECES = 1024  # IOV_MAX of Linux
@@ -39,20 +47,25 @@ for _call in (_LIBC.readv, _LIBC.writev):
 
 
 class _Transfer:
-    """The bytes of one operation, and how far they have come. `pieces`: int64 [n, 2] of address and bytes."""
+    """The bytes of one operation, and how far they have come. `tag`: of a send, which has a header before its bytes.
 
-    def __init__(self, pieces: Tensor, header: Tensor | None = None) -> None:
-        self._pieces = pieces  # it is written to
-        self._header = header  # a piece of its own, whose memory nobody else keeps
-        self._sums = pieces[:, 1].cumsum(0)
-        self._ends = (ctypes.c_int64 * len(pieces)).from_address(self._sums.data_ptr())
-        self._count = len(pieces)
-        self._address = self._pieces.data_ptr()
-        self._vector = (ctypes.c_int64 * pieces.numel()).from_address(self._address)
-        self._at = 0
-        self._used = 0
-        self._done = 0
-        self.num_bytes = self._ends[-1]
+    The kernel reads a table [n + 1, 2] of address and bytes that is cut off as bytes are done: the header, the pieces.
+    """
+
+    def __init__(self, pieces: Pieces, tag: int | None = None) -> None:
+        self.num_bytes = pieces.num_bytes
+        self._count = len(pieces.table)
+        self._ends = pieces.ends
+        self._end = (ctypes.c_int64 * self._count).from_address(pieces.ends.data_ptr())
+        self._table = torch.empty((1 + self._count, 2), dtype=torch.int64)
+        self._table[1:] = pieces.table
+        self._address = self._table.data_ptr()
+        self._vector = (ctypes.c_int64 * self._table.numel()).from_address(self._address)
+        self._row, self._used, self._done = 1, 0, 0
+        if tag is not None:
+            self._header = ctypes.create_string_buffer(HEADER.pack(tag, self.num_bytes), HEADER.size)
+            self._vector[0], self._vector[1] = ctypes.addressof(self._header), HEADER.size
+            self._row, self._done = 0, -HEADER.size
 
     @property
     def left_bytes(self) -> int:
@@ -60,8 +73,8 @@ class _Transfer:
 
     def step(self, call: "ctypes._NamedFuncPointer", fd: int) -> int:
         """One readv or writev from where it stopped. Returns the bytes, -1 if the kernel takes or has none now."""
-        count = min(MOST_PIECES, self._count - self._at)
-        done: int = call(fd, self._address + 16 * self._at, count)
+        count = min(MOST_PIECES, 1 + self._count - self._row)
+        done: int = call(fd, self._address + 16 * self._row, count)
         if done > 0:
             self._advance(done)
         elif done < 0 and ctypes.get_errno() not in AGAIN:
@@ -72,12 +85,23 @@ class _Transfer:
         self._done += num_bytes
         if self._done == self.num_bytes:
             return
-        at = bisect_right(self._ends, self._done, self._at, min(self._at + MOST_PIECES, self._count))
-        used = self._done - (self._ends[at - 1] if at else 0)
-        new = used - (self._used if at == self._at else 0)
-        self._vector[2 * at] += new
-        self._vector[2 * at + 1] -= new
-        self._at, self._used = at, used
+        row = self._row_of(self._done)
+        used = self._done - self._start(row)
+        new = used - (self._used if row == self._row else 0)
+        self._vector[2 * row] += new
+        self._vector[2 * row + 1] -= new
+        self._row, self._used = row, used
+
+    def _row_of(self, done: int) -> int:
+        """The row of the next byte after `done`: at most MOST_PIECES after the present one."""
+        if done < 0:
+            return 0
+        first = max(0, self._row - 1)
+        return 1 + bisect_right(self._end, done, first, min(first + MOST_PIECES, self._count))
+
+    def _start(self, row: int) -> int:
+        """Bytes before a row; the header's are counted as negative."""
+        return self._end[row - 2] if row > 1 else -HEADER.size if row == 0 else 0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -183,11 +207,11 @@ class TcpTransport:
         self._require_open()
         posted: list[Operation] = []
         for parcel in receives:
-            transfer = _Transfer(parcel.places().clone())
+            transfer = _Transfer(parcel.places())
             self._connection(parcel).expect(tag, transfer)
             posted.append(_Streamed(RECEIVE, parcel, tag, transfer=transfer))
         for parcel in sends:
-            transfer = _outward(parcel, tag)
+            transfer = _Transfer(parcel.places(), tag)
             self._connection(parcel).sends.append(transfer)
             posted.append(_Streamed(SEND, parcel, tag, transfer=transfer))
         for peer in dict.fromkeys(parcel.peer for parcel in sends):
@@ -259,12 +283,3 @@ class TcpTransport:
         self.is_aborted = True
         for connection in self._connections.values():
             connection.link.close()
-
-
-def _outward(parcel: Parcel, tag: int) -> _Transfer:
-    header = torch.empty(HEADER.size, dtype=torch.uint8)
-    first = torch.tensor([[header.data_ptr(), HEADER.size]])
-    transfer = _Transfer(torch.cat([first, parcel.places()]), header)
-    words = HEADER.pack(tag, transfer.num_bytes - HEADER.size)
-    ctypes.memmove(header.data_ptr(), words, HEADER.size)
-    return transfer
