@@ -1,6 +1,7 @@
 """Arguments and steps that the commands share."""
 
 import argparse
+import math
 import time
 from dataclasses import dataclass, replace
 
@@ -78,6 +79,17 @@ def planned(arguments: argparse.Namespace) -> Planned:
     done = time.perf_counter()
     fan = fan_out(plan, topology) if arguments.topology else None
     return Planned(model.name, plan, topology, fan, described - started, done - described)
+
+
+def wait_seconds(text: str) -> float:
+    """The type of an option that bounds a wait: seconds above 0 and finite."""
+    try:
+        found = float(text)
+    except ValueError:
+        found = math.nan
+    if not 0 < found < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is no limit of a wait; give seconds above 0")
+    return found
 
 
 def count(text: str) -> int:

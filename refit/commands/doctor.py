@@ -7,6 +7,7 @@ import socket
 from collections.abc import Sequence
 from pathlib import Path
 
+from refit.commands.common import wait_seconds
 from refit.commands.tables import show
 from refit.doctor.check import Check, Host
 from refit.doctor.examine import Wishes, examine
@@ -27,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="also examine every node of this Ray cluster, their clocks and versions",
     )
     parser.add_argument(
-        "--timeout", type=float, default=120.0, metavar="S", help="limit for --cluster (default 120)"
+        "--timeout", type=wait_seconds, default=120.0, metavar="S", help="limit for --cluster (default 120)"
     )
     parser.add_argument("--json", action="store_true", help="one JSON document on stdout instead of a table")
 

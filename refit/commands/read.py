@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from refit.commands.common import wait_seconds
+
 if TYPE_CHECKING:
     from refit.service.reader import ReadBack, Reader
 
@@ -56,7 +58,11 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
         help="with --server: this machine's address that its workers answer to (default loopback)",
     )
     parser.add_argument(
-        "--timeout", type=float, default=60.0, metavar="S", help="longest wait for an answer (default 60)"
+        "--timeout",
+        type=wait_seconds,
+        default=60.0,
+        metavar="S",
+        help="longest wait for an answer (default 60)",
     )
 
 

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -57,15 +58,10 @@ def run(arguments: argparse.Namespace) -> int:
     if not arguments.deadline > 0:
         raise ConfigError(f"--deadline is {arguments.deadline:g} s; it must be above 0")
     done = planned(arguments)
-    faults = Faults(
-        {
-            rank: factor
-            for rank, factor in (_fault(done.plan, text) for text in arguments.slow)
-            if _slows(factor)
-        },
-        dict(_fault(done.plan, text) for text in arguments.fail),
-        arguments.deadline,
-    )
+    slow = _faults(done.plan, "--slow", arguments.slow)
+    for factor in slow.values():
+        _require_slow(factor)
+    faults = Faults(slow, _faults(done.plan, "--fail", arguments.fail), arguments.deadline)
     timeline = simulate(
         done.plan, done.topology, arguments.streams or None, faults, done.fan if arguments.fan_out else None
     )
@@ -85,6 +81,17 @@ def _write(file: Path, text: str) -> None:
         raise ConfigError(f"--picture {file} cannot be written: {error}; name another file") from error
 
 
+def _faults(plan: Plan, option: str, texts: Sequence[str]) -> dict[int, float]:
+    """All of one option, by joint rank."""
+    found: dict[int, float] = {}
+    for text in texts:
+        rank, value = _fault(plan, text)
+        if rank in found:
+            raise ConfigError(f"{option} is given twice for one rank: {found[rank]:g} and {text!r}; drop one")
+        found[rank] = value
+    return found
+
+
 def _fault(plan: Plan, text: str) -> tuple[int, float]:
     """`train:3=0.5` as (joint rank, value)."""
     place, equals, value = text.partition("=")
@@ -101,13 +108,12 @@ def _fault(plan: Plan, text: str) -> tuple[int, float]:
     return (number if side == "train" else plan.num_train + number), factor
 
 
-def _slows(factor: float) -> bool:
+def _require_slow(factor: float) -> None:
     if not 0 < factor <= 1:
         raise ConfigError(
             f"a --slow factor is a share of the link's rate, above 0 and up to 1, and got {factor:g}; use --fail for a"
             " dead rank, --topology for faster links"
         )
-    return True
 
 
 def _report(done: Planned, timeline: Timeline) -> dict[str, object]:

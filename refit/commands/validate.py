@@ -5,6 +5,7 @@ import json
 import sys
 from typing import TYPE_CHECKING
 
+from refit.commands.common import wait_seconds
 from refit.commands.misc import lines
 from refit.commands.tables import show
 
@@ -21,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--list", action="store_true", help="show the cases and run none")
     parser.add_argument(
-        "--timeout", type=float, default=150.0, metavar="S", help="limit per case (default 150)"
+        "--timeout", type=wait_seconds, default=150.0, metavar="S", help="limit per case (default 150)"
     )
     parser.add_argument("--json", action="store_true", help="a JSON object as the last line of stdout")
 

@@ -77,7 +77,7 @@ def arm(actor: Any, place: str, kind: str) -> None:
         answer = original(self, *args, **kwargs)
         if kind == "corrupt":
             received = next(one.parcel for one in args[0] if one.direction == "receive")
-            ctypes.c_uint8.from_address(int(received.places()[0, 0])).value ^= 1
+            ctypes.c_uint8.from_address(int(received.places().table[0, 0])).value ^= 1
         return answer
 
     setattr(owner, place, struck)
