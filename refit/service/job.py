@@ -37,6 +37,9 @@ from refit.transfer.precision.checkpoint import QUANTIZATIONS, quantize_checkpoi
 CONFIG_FILE = "config.json"
 MAX_REASONS = 5  # in the log; all of them are in plans/<digest>.json
 ENGINES_FILE = "engines.json"
+NO_METRICS = (
+    "not exported, since a client of a cluster belongs to no node of it; the run folder has all numbers"
+)
 
 
 def run_job(config: JobConfig, command: tuple[str, ...], stream: TextIO) -> dict[str, Any]:
@@ -72,7 +75,7 @@ def _run_in(
         with running_job(config, model_dir, run_dir, progress) as (cluster, coordinator):
             engines = _record_engines(cluster, run_dir, progress)
             record = RunRecord.open(run_dir, JobMetrics())
-            progress.say(f"metrics: {metrics_address()}")
+            progress.say(f"metrics: {metrics_address() or NO_METRICS}")
             loop = GrpoLoop(
                 config,
                 cluster.named_trainers(),

@@ -22,6 +22,7 @@ from __future__ import annotations
 from typing import Any
 
 import ray
+from ray.util.client import ray as client
 from ray.util.metrics import Counter, Gauge, Histogram
 
 from refit.service.record import StepRecord
@@ -102,8 +103,13 @@ class JobMetrics:
         self._kl.set(step.gen_kl)
 
 
-def metrics_address() -> str:
-    """ "http://host:port/metrics" of this node, which Prometheus or curl reads."""
-    here = ray.util.get_node_ip_address()
-    node: dict[str, Any] = next(node for node in ray.nodes() if node["NodeManagerAddress"] == here)
-    return f"http://{here}:{node['MetricsExportPort']}/metrics"
+def metrics_address() -> str | None:
+    """ "http://host:port/metrics" of this node, which Prometheus or curl reads.
+
+    None for a client of a cluster (`ray://`): its process belongs to no node, so nobody hands its metrics on.
+    """
+    if client.is_connected():
+        return None
+    here = ray.get_runtime_context().get_node_id()
+    node: dict[str, Any] = next(node for node in ray.nodes() if node["NodeID"] == here)
+    return f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"

@@ -32,18 +32,25 @@ JOB = ["+policy.nccl_xfer_refit=true", "grpo.steps=2", "refit.verify_every=1"]
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    """A head node with a token of its own. Yields the environment that a driver of it needs, and REFIT_TEST_ADDRESS."""
+    """A head node with a token of its own, and a port for clients.
+
+    Yields the environment that a driver of it needs, REFIT_TEST_ADDRESS, and REFIT_TEST_CLIENT for clients.
+    """
     token = tmp_path_factory.mktemp("ray") / "token"
     token.write_text("0123456789abcdef" * 4)
     token.chmod(0o600)
     environment = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
-    port = free_port()
+    port, client_port = free_port(), free_port()
     # Blocking, as a process of ours: `ray stop` would end every Ray of this machine.
     start = [str(RAY), "start", "--head", "--block", "--port", str(port), "--num-cpus", "8"]
-    start += ["--labels", "zone=east"]
+    start += ["--labels", "zone=east", "--ray-client-server-port", str(client_port)]
     with subprocess.Popen([*start, "--include-dashboard=false"], env=os.environ | environment) as head:
         wait_until_listening(port, head)
-        yield environment | {"REFIT_TEST_ADDRESS": f"127.0.0.1:{port}"}
+        wait_until_listening(client_port, head)
+        yield environment | {
+            "REFIT_TEST_ADDRESS": f"127.0.0.1:{port}",
+            "REFIT_TEST_CLIENT": f"ray://127.0.0.1:{client_port}",
+        }
         head.terminate()
         head.wait(60)
 
@@ -55,10 +62,25 @@ def test_the_job_runs_on_a_cluster_by_address_and_leaves_it_up_and_empty(
     places = ["++cluster.policy_labels={zone:east}", "++cluster.generation_labels={zone:east}"]
     summary = run_job([*JOB, f"cluster.address={address}", *places], cluster, tmp_path)
     assert summary["weight_version"] == summary["audits"] == 2
-    deadline_s = time.monotonic() + STATUS_S
-    while "0.0/8.0 CPU" not in (status := ray(["status", "--address", address], cluster)):
-        assert time.monotonic() < deadline_s, status
-        time.sleep(1.0)
+    wait_until_empty(cluster)
+
+
+def test_the_job_runs_as_a_client_of_the_cluster_and_says_that_nobody_serves_its_metrics(
+    cluster: dict[str, str], tmp_path: Path
+) -> None:
+    command = [sys.executable, "-m", "refit.run", *JOB, f"cluster.address={cluster['REFIT_TEST_CLIENT']}"]
+    done = subprocess.run(
+        [*command, f"run_dir={tmp_path}"],
+        env=os.environ | cluster,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr
+    summary = json.loads(done.stdout.splitlines()[-1])
+    assert summary["weight_version"] == summary["audits"] == 2
+    assert "metrics: not exported" in done.stderr
+    wait_until_empty(cluster)
 
 
 def test_without_the_clusters_token_the_job_names_the_address_and_the_way_out(
@@ -103,6 +125,16 @@ def wait_until_listening(port: int, head: subprocess.Popen[bytes]) -> None:
                 return
         time.sleep(0.5)
     raise AssertionError(f"no Ray on port {port} after {START_S} s")
+
+
+def wait_until_empty(cluster: dict[str, str]) -> None:
+    """Until nothing of a job is left on it."""
+    deadline_s = time.monotonic() + STATUS_S
+    while "0.0/8.0 CPU" not in (
+        status := ray(["status", "--address", cluster["REFIT_TEST_ADDRESS"]], cluster)
+    ):
+        assert time.monotonic() < deadline_s, status
+        time.sleep(1.0)
 
 
 def ray(arguments: list[str], environment: dict[str, str]) -> str:
