@@ -18,6 +18,7 @@ from refit.plan import Region
 from refit.service.agreement import Mismatch
 from refit.service.coordinator import Coordinator
 from refit.service.locate import located
+from refit.service.waiting import collect
 from refit.transfer.memory import as_bits
 from refit.transfer.protocol import slices_key
 from refit.transfer.slices import Slice
@@ -164,3 +165,29 @@ def test_refits_whose_digests_agree_say_nothing_of_parts(job) -> None:
         record = coordinator.refit(coordinator.version + 1)
         assert record.committed and record.incidents == ()
     assert len(crew.taken()) == 4 and not any(note["said"] for note in crew.taken())
+
+
+def cannot_say(actor) -> None:
+    """In a trainer's process: the next time that it is asked for parts, it fails."""
+    endpoint = actor._ready()
+
+    def fails(*_):
+        del endpoint.slices
+        raise MemoryError("no room for parts")
+
+    endpoint.slices = fails
+
+
+@pytest.mark.ray
+@pytest.mark.processes
+def test_a_trainer_that_cannot_say_what_it_holds_costs_the_words_and_nothing_else(job, tmp_path) -> None:
+    coordinator, crew = job
+    collect({"train rank 0": crew.trainers[0].__ray_call__.remote(cannot_say)}, "break", 60.0)
+    crew.arm(Fault("generator", 0, "round", "corrupt"), tmp_path / "mark")
+    version = coordinator.version + 1
+    record = coordinator.refit(version)
+    why, discarded = record.incidents
+    assert record.committed and "no room for parts" in why
+    assert "the generator holds" in discarded and "differ in" not in discarded
+    assert set(coordinator.states().values()) == {f"serving({version})"}
+    assert coordinator.refit(version + 1).committed
