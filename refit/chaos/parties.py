@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -72,6 +72,7 @@ class PlainTrainer(Party):
         super().__init__(f"train rank {train_rank}", log_path)
         self._manifest = model.train_manifest(train_rank, num_ranks)
         self._rank = train_rank
+        self._params: dict[str, torch.Tensor] = {}
 
     def prepare_refit(self, store: str, run_id: str, timeout_s: float) -> None:
         with self._doing("prepare"):
@@ -89,6 +90,11 @@ class PlainTrainer(Party):
                 endpoint.send_misc((name, model.weight(name, version)) for name in endpoint.misc_names)
             self._striker.reach("report")
             endpoint.put_report()
+            self._params = params
+
+    def slices(self, suspects: Mapping[str, Sequence[str]], timeout_s: float) -> list[list[object]]:
+        with self._doing("locate", told=False):
+            return self._ready().slices(self._params, suspects, timeout_s)
 
 
 class PlainReplica(Party):
@@ -132,9 +138,12 @@ class PlainReplica(Party):
             self._require_whole()
             self._striker.reach("decision")
             staging, self._staging = self._staging, None
-            if self._staged == (version, attempt) and staging is not None and self._committed():
-                with self._serving:
-                    self._commit(version, staging)
+            if self._staged == (version, attempt) and staging is not None:
+                if self._committed():
+                    with self._serving:
+                        self._commit(version, staging)
+                else:
+                    self._ready().put_slices(staging)
             self._striker.reach("served")
             return self._version, 0.0
 

@@ -241,6 +241,7 @@ class RefitWeightTransferEngine(WeightTransferEngine[RefitInitInfo, RefitUpdateI
         commit, reason = (told[1], "as told") if was_told else self._decision(session)
         if not commit:
             _log.warning("%s discards version %d: %s", session.who, update.version, reason)
+            session.endpoint.put_slices(staging.params())
             self._drop_staging()
             return
         started_s = time.time()

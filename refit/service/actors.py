@@ -170,6 +170,15 @@ class TrainActor(Actor):
 
             send_version(self._endpoint, self._offer, version, attempt)
 
+    def slices(self, suspects: Mapping[str, Sequence[str]], timeout_s: float) -> list[list[object]]:
+        """What this rank holds of tensors that a refit was discarded for, in small parts: messages of `Slice`.
+
+        Collective where the weights are quantized.
+        """
+        with self._doing("locate", told=False):
+            found: list[list[object]] = self._endpoint.slices(self._offer.params(), suspects, timeout_s)
+            return found
+
     def verify_digests(self) -> dict[str, dict[str, str]]:
         """{tensor: {joint rank: hex digest}} of what every generator should hold now; {} but from train rank 0.
 

@@ -53,7 +53,8 @@ class Terms:
 class Mismatch:
     """A tensor whose digest on a generator rank is not the trainers'. Digests are hex, None where nobody gave one.
 
-    `place` are words on which boxes of the tensor that rank gets, and from whom; "" where it is not known.
+    `place` are words on which boxes of the tensor that rank gets, and from whom, `parts` on those that differ; "" where
+    that is not known.
     """
 
     tensor: str
@@ -61,12 +62,14 @@ class Mismatch:
     trained: str | None
     generated: str | None
     place: str = field(default="", compare=False)
+    parts: str = field(default="", compare=False)
 
     def __str__(self) -> str:
         place = f" ({self.place})" if self.place else ""
+        parts = f": they differ in {self.parts}" if self.parts else ""
         return (
             f"{self.tensor} on gen rank {self.gen_rank}{place}: trainers sent digest {self.trained}, "
-            f"the generator holds {self.generated}"
+            f"the generator holds {self.generated}{parts}"
         )
 
 

@@ -16,6 +16,7 @@ import ray
 
 from refit.plan import Plan
 from refit.service.agreement import (
+    Mismatch,
     VerifyReport,
     agree_on_plan,
     collect_reports,
@@ -25,6 +26,7 @@ from refit.service.agreement import (
 )
 from refit.service.config import JobConfig
 from refit.service.fleet import replica_of
+from refit.service.locate import locate, suspects_of
 from refit.service.reader import Reader, reader_in_job
 from refit.service.refit_record import PlanRecord, RefitRecord, Round, record_plan, record_round
 from refit.service.roster import NotCommitted, Roster, Supply, TrainerLost
@@ -40,7 +42,7 @@ from refit.service.rounds import (
 from refit.service.session import Session
 from refit.service.waiting import Answers, gather
 from refit.transfer.errors import Failure, RefitFailed, TransportError
-from refit.transfer.protocol import attempt_keys, audit_keys, decision_key
+from refit.transfer.protocol import attempt_keys, audit_keys, decision_key, suspects_key
 from refit.transfer.rendezvous import ControlStore
 
 
@@ -49,9 +51,13 @@ class _Decided:
     """All ranks' reports and what came of comparing their digests, which took `seconds`."""
 
     reports: Mapping[int, Any]
-    num_differing: int
-    reason: str
+    mismatches: tuple[Mismatch, ...]
     seconds: float
+
+    @property
+    def reason(self) -> str:
+        """Why it is discarded; "" if it is committed."""
+        return describe_mismatches(self.mismatches)
 
 
 class Coordinator:
@@ -304,7 +310,7 @@ class Coordinator:
         finishes = self._finish(version, attempt, staged, joint)
         if joint.result is None:
             self._give_up(joint, "refit")
-        decided = joint.result
+        decided = self._located(session, attempt, joint.result)
         driver = {
             "pause": 0.0,
             "stage": staged_s - started_s - decided.seconds,
@@ -320,7 +326,7 @@ class Coordinator:
             attempt,
             decided.reports,
             finished,
-            decided.num_differing,
+            len(decided.mismatches),
             decided.reason,
             driver,
             self._config.cluster.line_bytes_per_s,
@@ -357,11 +363,25 @@ class Coordinator:
         reports = collect_reports(session.control, session.plan, attempt, version, self._timeout_s)
         collected_s = time.monotonic()
         mismatches = mismatches_of(session.plan, reports)
-        reason = describe_mismatches(mismatches)
+        decided = _Decided(reports, mismatches, time.monotonic() - collected_s)
         size = session.workers_per_replica
         self._blamed = tuple(sorted({session.replicas[wrong.gen_rank // size] for wrong in mismatches}))
-        session.control.put(decision_key(attempt), {"commit": not mismatches, "reason": reason})
-        return _Decided(reports, len(mismatches), reason, time.monotonic() - collected_s)
+        if suspects := suspects_of(session.plan, mismatches):
+            session.control.put(suspects_key(attempt), suspects)
+        session.control.put(decision_key(attempt), {"commit": not mismatches, "reason": decided.reason})
+        return decided
+
+    def _located(self, session: Session, attempt: int, decided: _Decided) -> _Decided:
+        """The same with the parts that differ, as far as both ends can tell: it was decided, whatever happens here."""
+        if not decided.mismatches:
+            return decided
+        plan, timeout_s = session.plan, self._timeout_s
+        try:
+            found = locate(session.control, attempt, plan, decided.mismatches, self._trainers, timeout_s)
+        except Exception as error:
+            self._roster.note(f"nobody can say which part differs: {error}")
+            return decided
+        return replace(decided, mismatches=found)
 
 
 class _Lost(Exception):  # noqa: N818 - not an error: the round goes on without them

@@ -8,6 +8,7 @@
     endpoint.put_report()
     endpoint.decision() -> commit or not           on generators
     endpoint.committed()                           on generators, once the version serves
+    endpoint.put_slices(params)                    on generators, before they drop what they discard
 
 A failure of any step is reported to everybody before it is raised, as RefitFailed with the root cause. The endpoint is
 then of no more use: prepare again under a new run id.
@@ -60,6 +61,7 @@ from refit.transfer.protocol import (
 )
 from refit.transfer.rendezvous import ControlStore
 from refit.transfer.report import BulkReport, Span
+from refit.transfer.slices import Suspects, put_slices, slices_of
 from refit.transfer.watch import Watch, silent_ranks
 from refit.transfer.workspace import Workspace
 
@@ -249,6 +251,21 @@ class Endpoint:
     def committed(self) -> None:
         """This generator serves the version of this attempt: the next one may be told by what changed since."""
         self._base.committed()
+
+    def put_slices(self, params: Mapping[str, Tensor]) -> None:
+        """Say in small parts what `params` hold of tensors that were found to differ. Waits and raises nothing."""
+        attempt = self._attempt
+        put_slices(
+            self._control, attempt.attempt, self.plan, self.rank, self._stages, params, attempt.deadline
+        )
+
+    def slices(
+        self, params: Mapping[str, Tensor], suspects: Suspects, timeout_s: float
+    ) -> list[list[object]]:
+        """The same of a trainer, as messages of `Slice`."""
+        deadline = time.monotonic() + timeout_s
+        found = slices_of(self.plan, self.rank, self._stages, params, suspects, deadline)
+        return [each.message() for each in found]
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:

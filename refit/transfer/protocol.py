@@ -6,7 +6,9 @@ Prepare:  describe/<side>/<rank>   a RankManifest as its JSON text, from every r
           prepare/go               {"ok": true}, from the coordinator once all digests agree
           ready/<rank>             {"ok": true}, once the groups of joint rank `rank` are open
 Refit:    refit/<attempt>/report/<rank>        RefitReport, from every rank
+          refit/<attempt>/suspects             {rank: tensors} that differ, from the coordinator before it discards
           refit/<attempt>/decision             {"commit": bool, "reason": str}, from the coordinator
+          refit/<attempt>/slices/<rank>        what a suspected generator rank holds, before it drops that
           refit/<attempt>/finished/<gen_rank>  FinishReport, from every generator rank that committed
 Audit:    audit/<audit>/<gen_rank>             digests of live memory, from every generator rank
 
@@ -53,6 +55,14 @@ def report_key(attempt: int, rank: int) -> str:
 
 def decision_key(attempt: int) -> str:
     return f"{attempt_keys(attempt)}decision"
+
+
+def suspects_key(attempt: int) -> str:
+    return f"{attempt_keys(attempt)}suspects"
+
+
+def slices_key(attempt: int, rank: int) -> str:
+    return f"{attempt_keys(attempt)}slices/{rank}"
 
 
 def audit_keys(audit: str) -> str:

@@ -129,6 +129,8 @@ def test_no_torn_version_is_served_whatever_breaks_in_an_engine(job: Job, capsys
         if not lost:
             struck = actor.__ray_call__.remote(has_struck, place)
             assert gather({"struck": struck}, "look", 30.0).results == {"struck": True}, table[-1]
+        if kind == "corrupt":
+            assert any(": they differ in [" in said for said in record.incidents), table[-1]
         report = coordinator.verify()
         assert report.ok, (table[-1], report.mismatches, report.changed_params)
         found = answers(coordinator)

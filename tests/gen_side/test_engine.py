@@ -10,6 +10,7 @@ from refit.gen_side.calls import Background
 from refit.gen_side.generator import Generator, GenOptions, GenParallel
 from refit.train_side.tiny_models import make_tiny_model
 from refit.transfer.errors import RefitFailed, TransportError
+from refit.transfer.protocol import slices_key, suspects_key
 from refit.transfer.rendezvous import ControlStore
 from tests.gen_side.checkpoints import shifted, tensors_of
 from tests.gen_side.rounds import Rounds
@@ -108,6 +109,21 @@ def test_a_refused_refit_leaves_the_old_version_serving(case):
         assert greedy(generator) == goal
     with Rounds(generator, tensors_of(start), 1) as rounds:
         assert rounds.refit(43, tensors_of(changed))
+        assert greedy(generator) == goal
+
+
+def test_what_is_discarded_is_first_told_in_the_parts_that_the_trainer_cuts_too(case):
+    generator, start, changed, goal = case
+    with Rounds(generator, tensors_of(start), 1) as rounds:
+        assert rounds.refit(44, tensors_of(changed))
+        assert rounds.control.peek(slices_key(rounds.attempt, 1)) is None
+        bulk = [name for name, tensor in rounds.plan.tensors.items() if tensor.kind == "bulk"]
+        suspects = {"1": [bulk[0], bulk[-1]]}
+        rounds.control.put(suspects_key(rounds.attempt + 1), suspects)
+        assert not rounds.refit(45, tensors_of(start), refuse="digests disagree")
+        held = rounds.control.peek(slices_key(rounds.attempt, 1))
+        assert {message[0] for message in held} == {bulk[0], bulk[-1]}
+        assert sorted(held) == sorted(rounds.endpoint.slices(rounds.params, suspects, 60.0))
         assert greedy(generator) == goal
 
 

@@ -59,9 +59,11 @@ def quantized_refits(rank, world_size, address, folder, engine_folder):
     from refit.plan import PlanOptions
     from refit.service.actors import TrainActor
     from refit.service.agreement import Terms, agree_on_plan
+    from refit.transfer.digest import MASK
     from refit.transfer.endpoint import Endpoint
     from refit.transfer.precision.checkpoint import quantize_checkpoint
     from refit.transfer.rendezvous import ControlStore
+    from refit.transfer.slices import Slice
     from tests.gen_side.rounds import manifest_of
 
     quantize_checkpoint(folder, engine_folder, "fp8")
@@ -95,6 +97,9 @@ def quantized_refits(rank, world_size, address, folder, engine_folder):
             audited = actor.verify_digests()
             mine = {name: f"{by_rank[1]:016x}" for name, by_rank in report.digests.items()}
             wrong += [n for n in mine if audited[n]["1"] != mine[n]]
+            parts = [Slice.of_message(each) for each in actor.slices({"1": list(mine)}, TIMEOUT_S)]
+            sums = {n: sum(part.digest for part in parts if part.tensor == n) & MASK for n in mine}
+            wrong += [n for n in mine if f"{sums[n]:016x}" != mine[n]]
             with torch.no_grad():
                 for param in actor._policy.params().values():
                     param.detach().mul_(-1.5)
