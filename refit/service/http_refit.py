@@ -156,7 +156,7 @@ class HttpRefit:
         try:
             self._plan = self._led("prepare", lambda: agree_on_plan(control, self._terms, before))
         except Exception:
-            wait(calls)  # the failure frees them; one that is open would meet the next session on its server
+            self._settle(calls)  # one that is open would meet the next session on its server
             raise
         _ended(calls)
         if old.number:
@@ -215,7 +215,7 @@ class HttpRefit:
             )
             _ended(staging)
         except Exception:
-            wait(staging)  # the failure frees them; an update that is open would refuse the next one
+            self._settle(staging)  # an update that is open would refuse the next one
             with contextlib.suppress(
                 RuntimeError
             ):  # the cause is what ended the round, not what ending it costs
@@ -245,6 +245,10 @@ class HttpRefit:
                 raise RefitFailed(control.fail(phase, f"server {replica}", str(error))) from error
 
         return self._pool.submit(told)
+
+    def _settle(self, calls: Sequence[Future[None]]) -> None:
+        """Wait for calls that a failure frees; a server that hangs all the same is not waited for any longer."""
+        wait(calls, self._terms.timeout_s)
 
     def _led[T](self, phase: str, protocol: Callable[[], T]) -> T:
         try:

@@ -14,7 +14,6 @@ from refit.chaos.crew import THREADS, Crew
 from refit.chaos.faults import Fault
 from refit.chaos.parties import PlainReplica
 from refit.service.coordinator import Coordinator
-from refit.service.waiting import collect
 from refit.transfer import endpoint
 
 pytestmark = [pytest.mark.ray, pytest.mark.processes]
@@ -84,7 +83,8 @@ def test_a_replacement_that_cannot_prepare_is_left_out_and_not_who_had_its_place
         crew.arm(Fault("generator", 0, "round", "kill"), tmp_path / "mark")
         assert coordinator.refit(1).committed
         assert coordinator.states()["generator 0"].startswith("failed")
-        collect({"generator 0": crew.generators[0].condition.remote()}, "build", 60.0)
+        (coming,) = coordinator._roster._coming.values()
+        assert ray.wait([coming.built], timeout=60.0)[0], "else the next refit goes without it"
         record = coordinator.refit(2)
         assert record.committed
         states = coordinator.states()
