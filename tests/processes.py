@@ -4,6 +4,7 @@ Processes are forked from one server that has torch loaded already, so starting 
 `target` must be a function at the top of an importable module; it may return any picklable value.
 """
 
+import faulthandler
 import multiprocessing
 import os
 import signal
@@ -21,6 +22,9 @@ CONTEXT.set_forkserver_preload(
 os.environ.setdefault(
     "TORCH_CPP_LOG_LEVEL", "FATAL"
 )  # lost connections are expected here; torch prints each at length
+
+
+PRINTED_S = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +85,7 @@ class Processes:
         while open_ranks := [rank for rank in chosen if rank not in outcomes]:
             ready = wait([self._readers[rank] for rank in open_ranks], max(0.0, deadline - time.monotonic()))
             if not ready:
+                self._print_stacks(open_ranks)
                 raise TimeoutError(
                     f"processes {open_ranks} of {len(self._processes)} still run after {timeout_s} s; "
                     f"ended: {[str(outcome) for outcome in outcomes.values()]}"
@@ -89,6 +94,12 @@ class Processes:
                 if self._readers[rank] in ready:
                     outcomes[rank] = self._outcome(rank)
         return tuple(outcomes[rank] for rank in chosen)
+
+    def _print_stacks(self, ranks: Sequence[int]) -> None:
+        """Let processes print to stderr where each of their threads is."""
+        for rank in ranks:
+            self.signal(rank, signal.SIGUSR1)
+        time.sleep(PRINTED_S)
 
     def kill_all(self) -> None:
         """Kill what still runs (also what is stopped) and wait for it."""
@@ -130,6 +141,7 @@ def run_processes(
 
 
 def _child(writer: Connection, target: Callable[..., object], rank: int, args: tuple[object, ...]) -> None:
+    faulthandler.register(signal.SIGUSR1, file=2)
     try:
         writer.send((target(rank, *args), None))
     except BaseException:
