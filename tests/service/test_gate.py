@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import socket
 
 import pytest
 
@@ -12,7 +11,6 @@ from refit.plan.errors import ConfigError
 from refit.run import config_folder, load_config
 from refit.service.gate.check import check, inspect_machine, read_model_config
 from refit.service.gate.rules import Environment
-from refit.service.memory import needed_bytes
 
 LAPTOP = Environment(available_memory_bytes=24 * 2**30, num_cuda_devices=0, taken_ports=(7777,))
 EIGHT_GPUS = dataclasses.replace(LAPTOP, num_cuda_devices=8)
@@ -292,19 +290,6 @@ def test_the_memory_estimate_grows_with_the_model(models):
     assert "is the estimate for this job" in message
 
 
-def test_the_memory_estimate_has_two_buckets_a_stream_and_worker_but_no_more_than_the_version():
-    gib, seven_billion = 2**30, 7 * 10**9
-
-    def needed(buckets_bytes, num_params, streams=2):
-        overrides = [f"refit.buffer_bytes={buckets_bytes}", f"refit.num_streams={streams}"]
-        return needed_bytes(load_config("default", overrides), num_params)
-
-    extra = needed(gib // 2, seven_billion) - needed(gib // 4, seven_billion)
-    assert extra == 2 * 2 * 2 * gib // 4, "two buckets, two streams, two workers"
-    assert needed(64 * gib, seven_billion, 16) - needed(gib // 4, seven_billion) == 14 * 10**9 - 2 * gib
-    assert needed(64 * gib, 0) == needed(gib // 4, 0)
-
-
 def test_what_only_a_cpu_cannot_do_passes_with_devices(models):
     config = load_config(
         "ep2_moe_to_tp2",
@@ -385,26 +370,7 @@ def test_a_cluster_that_does_not_answer_is_refused(models):
         check(config, models["tiny-qwen3"], inspect_machine(config))
 
 
-@pytest.mark.parametrize(
-    ("address", "answers"), [("ray://127.0.0.1:1", False), ("nonsense", False), ("host:99999999", False)]
-)
-def test_an_address_where_nobody_listens_is_seen(address, answers):
-    assert (
-        inspect_machine(load_config("default", [f"cluster.address='{address}'"])).cluster_answers is answers
-    )
-
-
 @pytest.mark.parametrize("name", sorted(path.stem for path in config_folder().glob("*.yaml")))
 def test_every_named_configuration_passes_on_a_laptop(models, name):
     config = load_config(name)
     check(config, models[config.policy.model], LAPTOP)
-
-
-def test_a_port_that_is_in_use_is_seen_and_a_free_one_is_not():
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        port = taken.getsockname()[1]
-        assert inspect_machine(load_config("default", [f"cluster.port={port}"])).taken_ports == (port,)
-    assert inspect_machine(load_config("default", [f"cluster.port={port}"])).taken_ports == ()
-    assert inspect_machine(load_config("default")).available_memory_bytes > 0
