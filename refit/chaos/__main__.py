@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import psutil  # type: ignore[import-untyped]
 import ray
 from rich.console import Console
 from rich.table import Table
@@ -62,7 +63,10 @@ def a_ray(config: JobConfig) -> Iterator[None]:
     try:
         yield
     finally:
-        below = [child for process in processes for child in process.children(recursive=True)]
+        below = []
+        for process in processes:
+            with contextlib.suppress(psutil.NoSuchProcess):  # it has ended by itself
+                below += process.children(recursive=True)
         ray.shutdown()
         end_processes([*processes, *below], LEAVE_S)
 

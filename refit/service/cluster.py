@@ -72,8 +72,8 @@ class Cluster:
         for name, value in ENVIRONMENT.items():
             os.environ.setdefault(name, value)
         cluster = cls(config, log_folder)
+        cluster._ray_processes = start_ray(config)
         try:
-            cluster._ray_processes = start_ray(config)
             cluster._places = Places.open(config, START_TIMEOUT_S)
             cluster.trainers = tuple(
                 cluster._actor(TrainActor, rank, f"train-{rank}") for rank in range(config.policy.world_size)
@@ -233,15 +233,19 @@ def start_ray(config: JobConfig) -> list[psutil.Process]:
 
     Ray gives its own start 30 s, which a busy machine may miss: START_ATTEMPTS.
     """
+    if ray.is_initialized():
+        raise TransportError("a Ray runs in this process already; call ray.shutdown() first")
     others = set(psutil.Process().children())
     where = config.cluster.address or "on this machine"
     for attempt in range(1, START_ATTEMPTS + 1):
         try:
             with _own_signals():
                 _init_ray(config)
-        except Exception as error:  # Ray raises bare Exceptions here
+        except BaseException as error:  # Ray raises bare Exceptions here
             ray.shutdown()
             end_processes([child for child in psutil.Process().children() if child not in others], LEAVE_S)
+            if not isinstance(error, Exception):
+                raise
             if attempt == START_ATTEMPTS:
                 raise TransportError(
                     f"Ray did not start or answer ({where}), {attempt} times: {error}; see cluster.address"
