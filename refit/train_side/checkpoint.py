@@ -110,11 +110,18 @@ def save(
     """Rank 0 writes an HF checkpoint: the tensors, beside config and tokenizer of the one the model was built from.
 
     Tensors go into files of up to `file_bytes`, with an index where there are several, so that rank 0 has no more than
-    one such file in host memory.
+    one such file in host memory. Raises OSError there if it cannot write, once the export has ended on all ranks.
     """
-    if rank != 0:
-        collections.deque(weights, maxlen=0)  # the export gathers over all trainers
-        return
+    try:
+        if rank == 0:
+            _write_all(weights, model_dir, path, file_bytes)
+    finally:
+        collections.deque(
+            weights, maxlen=0
+        )  # the export gathers over all trainers, whether or not one can write
+
+
+def _write_all(weights: Iterator[tuple[str, Tensor]], model_dir: Path, path: Path, file_bytes: int) -> None:
     path.mkdir(parents=True, exist_ok=True)
     for other in model_dir.iterdir():
         if other.is_file() and not _holds_weights(other):

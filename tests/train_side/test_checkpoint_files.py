@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from refit.gen_side.loader.hf_index import read_hf_shapes
@@ -64,3 +65,18 @@ def test_other_ranks_take_the_export_to_its_end_and_write_nothing(started_from, 
     weights = iter(WEIGHTS.items())
     save(weights, started_from, tmp_path / "checkpoint", 1)
     assert next(weights, None) is None and not (tmp_path / "checkpoint").exists()
+
+
+@pytest.mark.parametrize("where", ["the folder", "a file of weights"])
+def test_a_rank_that_cannot_write_takes_part_in_the_export_to_its_end_all_the_same(
+    started_from, tmp_path, where
+):
+    target = tmp_path / "checkpoint"
+    if where == "the folder":
+        target.write_text("no folder")
+    else:
+        (target / "model-00002.safetensors").mkdir(parents=True)
+    weights = iter(WEIGHTS.items())
+    with pytest.raises((OSError, SafetensorError)):
+        save(weights, started_from, target, 0, 1)
+    assert next(weights, None) is None, "the other ranks are in the export still"
