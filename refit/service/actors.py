@@ -184,10 +184,8 @@ class TrainActor(Actor):
 
         Computed from Bridge's own full export, so that an audit checks the whole path and not the plan against itself.
         """
-        with self._doing("verify"):
-            exported = self._offer.export(None)
+        with self._doing("verify"), self._exported(None) as exported:
             if self._train_rank != 0:
-                collections.deque(exported, maxlen=0)  # the export gathers over all trainers
                 return {}
             return digests_of(exported, self._shares, self._endpoint.plan.num_train)
 
@@ -195,31 +193,37 @@ class TrainActor(Actor):
         self, boxes: Sequence[tuple[str, str, Region]], specs: Mapping[str, TensorSpec]
     ) -> list[str]:
         """Hex digests of boxes of the full tensors as they are now; [] but from train rank 0. Collective."""
-        with self._doing("diff", told=False):
-            exported = self._exported([specs[name] for name, _, _ in boxes])
-            if self._train_rank != 0:
-                collections.deque(exported, maxlen=0)  # the export gathers over all trainers
-                return []
-            return box_digests(exported, boxes, specs)
+        with (
+            self._doing("diff", told=False),
+            self._exported([specs[name] for name, _, _ in boxes]) as exported,
+        ):
+            return box_digests(exported, boxes, specs) if self._train_rank == 0 else []
 
     def put_weights(self, spec: TensorSpec, dtype: str, region: Region, run_id: str) -> int:
         """Put a box of a full tensor into the control store, under `bytes`; how many, from rank 0. Collective."""
-        with self._doing("diff", told=False):
+        with self._doing("diff", told=False), self._exported([spec]) as exported:
             from refit.transfer.memory import as_bytes
 
-            exported = self._exported([spec])
             if self._train_rank != 0:
-                collections.deque(exported, maxlen=0)
                 return 0
             payload = as_bytes(box_of(exported, dtype, region).cpu()).numpy().tobytes()
             assert self._control is not None, "a diff comes after prepare"
             self._control.under(run_id).put_bytes("bytes", payload)
             return len(payload)
 
-    def _exported(self, specs: Sequence[TensorSpec]) -> Iterator[tuple[str, Any]]:
-        names = [hf for spec in dict.fromkeys(specs) for hf in hf_names(spec.name, spec.shape)]
+    @contextlib.contextmanager
+    def _exported(self, specs: Sequence[TensorSpec] | None) -> Iterator[Iterator[tuple[str, Any]]]:
+        """The full HF tensors of `specs`, None for all. Taken to its end by every rank, also by one that fails: the
+        export gathers over all trainers.
+        """
+        names = None
+        if specs is not None:
+            names = [hf for spec in dict.fromkeys(specs) for hf in hf_names(spec.name, spec.shape)]
         exported: Iterator[tuple[str, Any]] = self._offer.export(names)
-        return exported
+        try:
+            yield exported
+        finally:
+            collections.deque(exported, maxlen=0)
 
     def logprobs(self, batch: TrainBatch) -> list[list[float]] | None:
         """Per response token, by the current policy at temperature 1; from train rank 0, None from the others."""

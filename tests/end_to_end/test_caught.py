@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import statistics
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
+from refit.plan import Region
 from refit.service.grpo.generation_kl import generation_kl
 from refit.service.grpo.reward import grade
 from refit.service.grpo.tasks import Problem, Task, open_codec
 from refit.train_side.batch import TrainBatch
 from refit.train_side.tiny_models import TINY_MODELS
+from refit.transfer.errors import RefitFailed
 from tests.end_to_end.jobs import Job, JobPool
 
 NUM_PROBLEMS, NUM_SAMPLES = 16, 4
@@ -105,3 +108,22 @@ def test_one_flipped_element_of_a_live_shard_is_found_and_its_tensor_named(
     assert named, report.changed_params
     assert all(any(part in name for part in tensors) for name in named), named
     assert param in {name for _, name in report.changed_params}
+
+
+def test_a_trainer_that_fails_amid_an_export_leaves_all_of_them_in_step(
+    job: Job, lesson: Lesson, tmp_path: Path
+) -> None:
+    taken = tmp_path / "taken"
+    taken.write_text("no folder")
+    name = "model.layers.0.mlp.up_proj.weight"
+    with job.path("p2p") as coordinator:
+        spec = coordinator.plan.train.specs[name]
+        box = (name, "float7", Region.whole(spec.shape))
+        with pytest.raises(RefitFailed, match="float7"):
+            job.all_trainers("weight_digests", [box], {name: spec})
+        assert job.refit(coordinator).committed, "a question is no part of a refit"
+        with pytest.raises(RefitFailed, match="File exists"):
+            job.all_trainers("save", str(taken))
+    with job.path("p2p") as coordinator:
+        assert job.refit(coordinator).committed and coordinator.verify().ok
+    assert len(job.logprobs(lesson.batch())) == NUM_PROBLEMS
