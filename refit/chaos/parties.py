@@ -75,11 +75,11 @@ class PlainTrainer(Party):
         self._params: dict[str, torch.Tensor] = {}
 
     def prepare_refit(self, store: str, run_id: str, timeout_s: float) -> None:
-        with self._doing("prepare"):
+        with self._doing("prepare", told=True):
             self._open(store, run_id, self._manifest, timeout_s)
 
     def refit(self, version: int, attempt: int) -> None:
-        with self._doing("refit"):
+        with self._doing("refit", told=True):
             endpoint = self._ready()
             self._striker.reach("begin")
             params = {spec.name: model.weight(spec.name, version) for spec in self._manifest.params}
@@ -93,7 +93,7 @@ class PlainTrainer(Party):
             self._params = params
 
     def slices(self, suspects: Mapping[str, Sequence[str]], timeout_s: float) -> list[list[object]]:
-        with self._doing("locate", told=False):
+        with self._doing("locate"):
             return self._ready().slices(self._params, suspects, timeout_s)
 
 
@@ -113,12 +113,12 @@ class PlainReplica(Party):
         """The weights are there since the constructor; this answers when that is done."""
 
     def prepare_refit(self, init_info: Mapping[str, Any]) -> None:
-        with self._doing("prepare"):
+        with self._doing("prepare", told=True):
             manifest = model.gen_manifest(int(init_info["first_gen_rank"]), int(init_info["replica"]))
             self._open(init_info["store"], init_info["run_id"], manifest, float(init_info["timeout_s"]))
 
     def stage(self, version: int, attempt: int) -> None:
-        with self._doing("stage"):
+        with self._doing("stage", told=True):
             self._require_whole()
             endpoint = self._ready()
             self._staged = None
@@ -134,7 +134,7 @@ class PlainReplica(Party):
             self._staged = (version, attempt)
 
     def finish(self, version: int, attempt: int) -> tuple[int, float]:
-        with self._doing("finish"):
+        with self._doing("finish", told=True):
             self._require_whole()
             self._striker.reach("decision")
             staging, self._staging = self._staging, None

@@ -68,10 +68,11 @@ class Actor:
         return os.getpid()
 
     @contextlib.contextmanager
-    def _doing(self, phase: str, told: bool = True) -> Iterator[None]:
-        """Turn any failure inside into RefitFailed(phase, who, cause), told to the control store if one is open.
+    def _doing(self, phase: str, told: bool = False) -> Iterator[None]:
+        """Turn any failure inside into RefitFailed(phase, who, cause).
 
-        `told` False: what fails is nobody else's business, as a diff that somebody has asked for.
+        `told`: it is a step of a refit, so the control store hears of it, which ends that refit for all ranks. Anything
+        else, such as an answer, a checkpoint, or a diff that somebody asked for, is the caller's business alone.
 
         A RefitFailed passes unchanged: it already carries the root cause, which may be another's.
         """
@@ -143,7 +144,7 @@ class TrainActor(Actor):
         """
         started_s = time.monotonic()
         self._leave()
-        with self._doing("prepare"):
+        with self._doing("prepare", told=True):
             from refit.transfer.delta.base import Base
             from refit.transfer.endpoint import Endpoint
             from refit.transfer.protocol import INPUTS, Inputs
@@ -165,7 +166,7 @@ class TrainActor(Actor):
 
     def refit(self, version: int, attempt: int) -> None:
         """Send this rank's share of `version`: bulk by stages, then misc; then put the report of the round."""
-        with self._doing("refit"):
+        with self._doing("refit", told=True):
             from refit.transfer.source import send_version
 
             send_version(self._endpoint, self._offer, version, attempt)
@@ -175,7 +176,7 @@ class TrainActor(Actor):
 
         Collective where the weights are quantized.
         """
-        with self._doing("locate", told=False):
+        with self._doing("locate"):
             found: list[list[object]] = self._endpoint.slices(self._offer.params(), suspects, timeout_s)
             return found
 
@@ -194,14 +195,14 @@ class TrainActor(Actor):
     ) -> list[str]:
         """Hex digests of boxes of the full tensors as they are now; [] but from train rank 0. Collective."""
         with (
-            self._doing("diff", told=False),
+            self._doing("diff"),
             self._exported([specs[name] for name, _, _ in boxes]) as exported,
         ):
             return box_digests(exported, boxes, specs) if self._train_rank == 0 else []
 
     def put_weights(self, spec: TensorSpec, dtype: str, region: Region, run_id: str) -> int:
         """Put a box of a full tensor into the control store, under `bytes`; how many, from rank 0. Collective."""
-        with self._doing("diff", told=False), self._exported([spec]) as exported:
+        with self._doing("diff"), self._exported([spec]) as exported:
             from refit.transfer.memory import as_bytes
 
             if self._train_rank != 0:
@@ -306,13 +307,13 @@ class GenActor(Actor):
     def prepare_refit(self, init_info: Mapping[str, Any]) -> dict[str, float]:
         """Let every worker describe itself and join the groups. Returns {"seconds": ...}."""
         started_s = time.monotonic()
-        with self._doing("prepare"):
+        with self._doing("prepare", told=True):
             self._generator.prepare_refit(dict(init_info))
         return {"seconds": time.monotonic() - started_s}
 
     def stage(self, version: int, attempt: int) -> None:
         """Receive `version` beside the weights that serve."""
-        with self._doing("stage"):
+        with self._doing("stage", told=True):
             self._generator.stage(version, attempt)
 
     def finish(self, version: int, attempt: int) -> tuple[Any, ...]:
@@ -320,7 +321,7 @@ class GenActor(Actor):
 
         After a discard 0 seconds and no reports.
         """
-        with self._doing("finish"):
+        with self._doing("finish", told=True):
             committed = self._generator.finish(version, attempt)
             cost = (self._generator.pause_s, *self._generator.finish_reports) if committed else (0.0,)
             return (int(self._generator.weight_version()), *cost)

@@ -45,7 +45,7 @@ class Restless(PlainReplica):
 
     def finish(self, version, attempt):
         self.num_tries = getattr(self, "num_tries", 0) + 1
-        with self._doing("finish"):
+        with self._doing("finish", told=True):
             raise RuntimeError(f"requests have not ended, time {self.num_tries}")
 
 

@@ -42,6 +42,7 @@ def campaign(tmp_path_factory):
         pytest.param("trainer", 1, "report", "raise", "committed after a repeat", marks=pytest.mark.slow),
         pytest.param("generator", 1, "begin", "disk", "committed", marks=pytest.mark.slow),
         ("driver", 0, "record", "disk", "committed"),
+        ("generator", 1, "generate", "raise", "committed"),
     ],
 )
 def test_a_fault_costs_at_most_the_replica_it_struck(campaign, role, number, phase, kind, ending):
