@@ -54,6 +54,12 @@ class Region:
         inside = all(map(le, self.starts, other.starts)) and all(map(ge, self.stops, other.stops))
         return inside or other.is_empty
 
+    def slices(self, of: "Region | None" = None) -> tuple[slice, ...]:
+        """Where this box lies in an array that holds `of`; without it, in one that holds the whole tensor."""
+        low = (0,) * len(self.starts) if of is None else of.starts
+        spans = zip(self.starts, self.stops, low, strict=True)
+        return tuple(slice(start - at, stop - at) for start, stop, at in spans)
+
     def with_dim(self, dim: int, start: int, stop: int) -> "Region":
         """The same box with another interval in one dim."""
         return Region(

@@ -139,7 +139,7 @@ class CheckpointWeights:
 
             self._opened[file] = safe_open(file, framework="pt")
         tensor: Tensor = self._opened[file].get_tensor(name)
-        return tensor[tuple(slice(*ends) for ends in zip(region.starts, region.stops, strict=True))]
+        return tensor[region.slices()]
 
 
 def _grain(kind: str) -> float:

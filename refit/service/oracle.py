@@ -88,24 +88,20 @@ def box_of(exported: Iterable[tuple[str, torch.Tensor]], dtype: str, region: Reg
         _, expert = canonical(name)
         inner = region if expert is None else Region(region.starts[1:], region.stops[1:])
         if expert is None or region.starts[0] <= expert < region.stops[0]:
-            parts.append(tensor.detach()[_slices(inner)].to(getattr(torch, dtype), copy=True))
+            parts.append(tensor.detach()[inner.slices()].to(getattr(torch, dtype), copy=True))
     return torch.stack(parts) if parts[0].ndim < len(region.starts) else parts[0].contiguous()
 
 
 def _part(tensor: torch.Tensor, region: Region, expert: int | None, spec: TensorSpec) -> int:
     """The digest of what a full tensor, or one expert of a stacked one, has inside `region`."""
     if expert is None:
-        return digest(tensor[_slices(region)], region, spec.shape)
+        return digest(tensor[region.slices()], region, spec.shape)
     whole = Region((expert, *(0 for _ in tensor.shape)), (expert + 1, *tensor.shape))
     inside = region.intersect(whole)
     if inside is None:
         return 0
     local = Region((0, *inside.starts[1:]), (1, *inside.stops[1:]))
-    return digest(tensor.unsqueeze(0)[_slices(local)], inside, spec.shape)
-
-
-def _slices(region: Region) -> tuple[slice, ...]:
-    return tuple(slice(start, stop) for start, stop in zip(region.starts, region.stops, strict=True))
+    return digest(tensor.unsqueeze(0)[local.slices()], inside, spec.shape)
 
 
 def _joined(regions: tuple[Region, ...], new: Region) -> tuple[Region, ...]:

@@ -291,7 +291,7 @@ class Session:
                         f"{plan.tensor}{region} changed on its way from {self._who(rank)}; read again"
                     )
                 digests[region] = sent
-                found[_inside(region, whole)] = box
+                found[region.slices(whole)] = box
         self.ranks |= set(give)
         self._check_witnesses(plan, answers, digests)
 
@@ -342,8 +342,3 @@ def _digest_or_reason(answer: Mapping[str, str]) -> int | str:
 
 def _plain(boxes: Mapping[int, Sequence[Region]]) -> dict[int, list[list[tuple[int, ...]]]]:
     return {rank: [[region.starts, region.stops] for region in regions] for rank, regions in boxes.items()}
-
-
-def _inside(region: Region, whole: Region) -> tuple[slice, ...]:
-    spans = zip(region.starts, region.stops, whole.starts, strict=True)
-    return tuple(slice(start - low, stop - low) for start, stop, low in spans)

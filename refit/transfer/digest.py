@@ -75,8 +75,7 @@ def digest(view: Tensor, region: Region, tensor_shape: Sequence[int]) -> int:
         return _chunk_digest(bits, region)
     total = 0
     for part in split_rows(region, CHUNK_ELEMENTS):
-        inside = zip(part.starts, part.stops, region.starts, strict=True)
-        total += _chunk_digest(bits[tuple(slice(start - at, stop - at) for start, stop, at in inside)], part)
+        total += _chunk_digest(bits[part.slices(region)], part)
     return total & MASK
 
 

@@ -186,7 +186,7 @@ def _by_tensor(manifest: Manifest, first_rank: int) -> dict[str, list[Held]]:
 
 def cut(full: Tensor, region: Region) -> Tensor:
     """The box of a full tensor, as a view."""
-    return full[tuple(slice(start, stop) for start, stop in zip(region.starts, region.stops, strict=True))]
+    return full[region.slices()]
 
 
 def _counted_from(region: Region, base: Region) -> Region:

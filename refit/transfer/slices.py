@@ -66,13 +66,12 @@ def slices_of(
     for (source, target, tensor), moves in _suspected(rank, stages, suspects).items():
         most = -(-sum(move.region.num_elements for move in moves) // PARTS)
         for move in moves:
-            segment, at = move.segment, move.region.starts
+            segment = move.segment
             box = strided_box(params[segment.param], segment.shape, segment.strides, segment.offset)
             for part in split_rows(move.region, most):
                 if time.monotonic() >= deadline:
                     raise TransportError(f"rank {rank} was not done with the slices of {tensor} in time")
-                inside = zip(part.starts, part.stops, at, strict=True)
-                held = box[tuple(slice(start - base, stop - base) for start, stop, base in inside)]
+                held = box[part.slices(move.region)]
                 value = digest(held.to(move.wire), part, plan.tensors[tensor].shape)
                 yield Slice(tensor, source, target, part, value)
 

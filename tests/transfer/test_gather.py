@@ -125,4 +125,6 @@ def test_places_are_listed_once_per_slot_as_long_as_the_params_stay_where_they_a
     assert again.seen.pieces(gather, 2000).table.tolist()[1] == [2004, 32]
     params["p"].data = torch.zeros(64, dtype=torch.uint8)
     moved = LiveParams(params, {"p": torch.uint8}, [64], live.seen).seen.pieces(gather, 1000)
-    assert moved.table.tolist() == [[params["p"].data_ptr() + 8, 16], [1004, 32]] and moved is not first
+    assert moved.table.tolist() == [[params["p"].data_ptr() + 8, 16], [1004, 32]] and not torch.equal(
+        moved.table, first.table
+    )

@@ -55,8 +55,8 @@ class _Transfer:
     def __init__(self, pieces: Pieces, tag: int | None = None) -> None:
         self.num_bytes = pieces.num_bytes
         self._count = len(pieces.table)
-        self._ends = pieces.ends
-        self._end = (ctypes.c_int64 * self._count).from_address(pieces.ends.data_ptr())
+        self._pieces = pieces  # `_ends` is a view of its memory
+        self._ends = (ctypes.c_int64 * self._count).from_address(pieces.ends.data_ptr())
         self._table = torch.empty((1 + self._count, 2), dtype=torch.int64)
         self._table[1:] = pieces.table
         self._address = self._table.data_ptr()
@@ -97,11 +97,11 @@ class _Transfer:
         if done < 0:
             return 0
         first = max(0, self._row - 1)
-        return 1 + bisect_right(self._end, done, first, min(first + MOST_PIECES, self._count))
+        return 1 + bisect_right(self._ends, done, first, min(first + MOST_PIECES, self._count))
 
     def _start(self, row: int) -> int:
         """Bytes before a row; the header's are counted as negative."""
-        return self._end[row - 2] if row > 1 else -HEADER.size if row == 0 else 0
+        return self._ends[row - 2] if row > 1 else -HEADER.size if row == 0 else 0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
